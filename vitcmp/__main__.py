@@ -1,0 +1,5 @@
+"""`python -m vitcmp` is the command `vitcmp`."""
+
+from vitcmp.cli import main
+
+main()

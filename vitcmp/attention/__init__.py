@@ -1,0 +1,193 @@
+"""Attention mechanisms, a file each: `available()` names them, `load(spec)` brings one.
+
+    >>> from vitcmp import attention
+    >>> mechanism = attention.load("entmax:alpha=1.25")
+    >>> layer = attention.LayerConfig(dim=64, num_heads=4, grid=attention.TokenGrid(8, 8))
+    >>> block = mechanism.build(layer)  # [B, N, dim] -> [B, N, dim]
+
+Importing this package does not import torch; loading a mechanism does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, attention_map
+
+__all__ = [
+    "AttentionError", "DegenerateWarning", "LayerConfig", "Mechanism", "MultiHead", "TokenGrid",
+    "attention_map", "available", "canonical", "load",
+]  # fmt: skip
+
+
+class AttentionError(ValueError):
+    """An unknown mechanism or option, or a size that cannot work; the message names the remedy."""
+
+
+class DegenerateWarning(UserWarning):
+    """A configuration that runs but cannot show what the mechanism is for."""
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """One attention mechanism with its options set."""
+
+    name: str
+    spec: str
+    """The canonical name with options: options sorted, defaults dropped."""
+    config: Any
+    module: ModuleType
+
+    @property
+    def summary(self) -> str:
+        """The first line of the mechanism's docstring."""
+        return (self.module.__doc__ or self.name).strip().splitlines()[0]
+
+    @property
+    def paper(self) -> str:
+        """The link to the paper, empty if the file names none."""
+        return getattr(self.module, "PAPER", "")
+
+    @property
+    def cost(self) -> str:
+        """How time grows with tokens N, head width K and the mechanism's own sizes."""
+        return getattr(self.module, "COST", "")
+
+    @property
+    def approximates(self) -> str | None:
+        """softmax, shared-qk, or None: what an error is measured against."""
+        return getattr(self.module, "APPROXIMATES", None)
+
+    @property
+    def has_map(self) -> bool:
+        """Whether the output is A(q, k) v with one A for all channels of a head."""
+        return getattr(self.module, "HAS_MAP", True)
+
+    @property
+    def row_stochastic(self) -> bool:
+        """Whether the rows of the map are non-negative and sum to 1."""
+        return getattr(self.module, "ROW_STOCHASTIC", False)
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the file of a mechanism that is not part of vitcmp, else None."""
+        if not self.name.endswith(".py"):
+            return None
+        return hashlib.sha256(Path(self.name).read_bytes()).hexdigest()
+
+    def build(self, layer: LayerConfig) -> nn.Module:
+        """The attention block of one layer: [B, N, dim] -> [B, N, dim].
+
+        Raises: AttentionError where the options cannot work with the layer's sizes.
+        """
+        return self.module.build(layer, self.config)
+
+    def macs(self, layer: LayerConfig) -> int:
+        """Multiply-adds for one image of all that the block computes beside its four projections."""
+        return self.module.macs(layer, self.config)
+
+
+def available() -> list[str]:
+    """The names of all mechanisms, sorted."""
+    return sorted(p.stem.replace("_", "-") for p in Path(__file__).parent.glob("[!_]*.py"))
+
+
+def load(spec: str) -> Mechanism:
+    """The mechanism that a spec such as `performer:num_features=64` names.
+
+    A name that ends in `.py` is the path of a file with the same contract.
+
+    Raises: AttentionError for an unknown name or option, or a value that does not fit.
+    """
+    name, _, options = spec.strip().partition(":")
+    module = _module(name)
+    config = module.Config(**_options(module.Config, name, options))
+    changed = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default
+    }
+    name = name if name.endswith(".py") else name.replace("_", "-")
+    text = ",".join(f"{key}={changed[key]}" for key in sorted(changed))
+    return Mechanism(name, f"{name}:{text}" if text else name, config, module)
+
+
+def canonical(spec: str) -> str:
+    """The spec with its options sorted and its defaults dropped: equal things have equal names."""
+    return load(spec).spec
+
+
+def _module(name: str) -> ModuleType:
+    if name.endswith(".py"):
+        return _file(Path(name))
+    dashed = name.replace("_", "-")
+    if dashed not in available():
+        near = difflib.get_close_matches(dashed, available(), n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise AttentionError(f"unknown attention '{name}'; {hint}available: {', '.join(available())}")
+    return importlib.import_module(f"vitcmp.attention.{dashed.replace('-', '_')}")
+
+
+def _file(path: Path) -> ModuleType:
+    """A user's own mechanism, imported once a version of its file."""
+    if not path.is_file():
+        raise AttentionError(f"no mechanism file '{path}'; give the path of a Python file with Config, build and macs")
+    name = f"vitcmp_mechanism_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        specification = importlib.util.spec_from_file_location(name, path)
+        assert specification is not None and specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[name] = module
+        try:
+            specification.loader.exec_module(module)
+            missing = [needed for needed in ("Config", "build", "macs") if not hasattr(module, needed)]
+            if missing:
+                raise AttentionError(f"{path} lacks {', '.join(missing)}: a mechanism has Config, build and macs")
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _options(config: type[Any], name: str, text: str) -> dict[str, Any]:
+    """`a=1,b=x` as keyword arguments of a mechanism's Config, converted to its types."""
+    from pydantic import TypeAdapter, ValidationError
+
+    hints = get_type_hints(config)
+    known = [f.name for f in dataclasses.fields(config)]
+    options = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals:
+            raise AttentionError(f"'{part}' in '{name}:{text}' is no option: write {name}:option=value; for several "
+                                 "mechanisms, repeat --attention")  # fmt: skip
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise AttentionError(f"{name} has no option '{key}'; {hint}available: {', '.join(known) or 'none'}")
+        try:
+            options[key] = TypeAdapter(hints[key]).validate_python(value.strip())
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].lower().replace("input should be", "must be")
+            raise AttentionError(f"{name}: {key}={value} {reason}") from None
+    return options
+
+
+def __getattr__(name: str) -> Any:
+    """The names that need torch, imported when they are first used."""
+    if name in ("LayerConfig", "MultiHead", "TokenGrid", "attention_map"):
+        return getattr(importlib.import_module("vitcmp.attention._multihead"), name)
+    raise AttributeError(f"module 'vitcmp.attention' has no attribute '{name}'")

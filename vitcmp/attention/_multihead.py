@@ -1,0 +1,112 @@
+"""What all mechanisms share: the token grid, the projections around a core, and the attention map.
+
+Axes are B N D for tokens and B H N K inside a head: batch, heads, tokens, head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitcmp.attention import AttentionError
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """How the tokens lie: prefix tokens (the class token) first, then the patches row by row."""
+
+    height: int
+    width: int
+    num_prefix_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all, with the prefix."""
+        return self.num_prefix_tokens + self.height * self.width
+
+    @classmethod
+    def squarest(cls, num_patches: int, num_prefix_tokens: int = 0) -> TokenGrid:
+        """The grid of `num_patches` whose sides are nearest to each other."""
+        height = next(h for h in range(int(num_patches**0.5), 0, -1) if num_patches % h == 0)
+        return cls(height, num_patches // height, num_prefix_tokens)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """All that a mechanism may know of its place in a model."""
+
+    dim: int
+    num_heads: int
+    grid: TokenGrid
+    qkv_bias: bool = True
+    out_bias: bool = True
+    dropout: float = 0.0
+    """Dropout of attention weights."""
+    index: int = 0
+    """The layer's place, counted from 0."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise AttentionError(f"dim ({self.dim}) must be divisible by num_heads ({self.num_heads})")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, K."""
+        return self.dim // self.num_heads
+
+
+class MultiHead(nn.Module):
+    """Query, key, value and output projections around a core: [B, N, D] -> [B, N, D].
+
+    The core maps q, k, v of [B, H, N, K] to [B, H, N, K]. `merged` keeps the three input projections in one matrix;
+    both forms start from the same weights and have as many.
+
+    Raises: AttentionError where the layer drops attention weights and the core has none.
+    """
+
+    def __init__(self, layer: LayerConfig, core: nn.Module, merged: bool = True) -> None:
+        super().__init__()
+        if layer.dropout and not hasattr(core, "dropout"):
+            name = type(core).__name__
+            raise AttentionError(f"attention_dropout ({layer.dropout}): {name} has no weights to drop; set it to 0")
+        self.num_heads, self.merged = layer.num_heads, merged
+        if merged:
+            self.qkv = nn.Linear(layer.dim, 3 * layer.dim, bias=layer.qkv_bias)
+        else:
+            self.q = nn.Linear(layer.dim, layer.dim, bias=layer.qkv_bias)
+            self.k = nn.Linear(layer.dim, layer.dim, bias=layer.qkv_bias)
+            self.v = nn.Linear(layer.dim, layer.dim, bias=layer.qkv_bias)
+        self.core = core
+        self.out = nn.Linear(layer.dim, layer.dim, bias=layer.out_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        projected = self.qkv(x).chunk(3, dim=-1) if self.merged else (self.q(x), self.k(x), self.v(x))
+        q, k, v = (y.view(batch, tokens, self.num_heads, -1).transpose(1, 2) for y in projected)  # [B, H, N, K]
+        mixed = self.core(q, k, v)  # [B, H, N, K]
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+
+
+def attention_map(core: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
+    """The matrix A with core(q, k, v) = A v, [B, H, N, N], from q and k of [B, H, N, K].
+
+    It is read off the code that trains: the core is fed the identity's columns as values, in blocks of the head
+    width (fused kernels want equal widths), the last one padded with zeros. Exact where out = A(q, k) v with one A
+    for all channels; the rows need not be non-negative nor sum to 1. With attention dropout, call it in eval mode.
+    """
+    batch, heads, tokens, width = q.shape
+    blocks = []
+    for start in range(0, tokens, width):
+        used = min(width, tokens - start)
+        identity = q.new_zeros(tokens, width)
+        identity[start : start + used, :used].fill_diagonal_(1)
+        blocks.append(core(q, k, identity.expand(batch, heads, tokens, width))[..., :used])
+    return torch.cat(blocks, dim=-1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in fp32 at least: half precisions are promoted, fp32 and fp64 kept."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,47 @@
+"""Linear attention: a positive feature map in place of the softmax, so that tokens are summed once.
+
+    out_i = phi(q_i) . sum_j phi(k_j) v_j^T / (phi(q_i) . sum_j phi(k_j) + eps),   phi(x) = elu(x) + 1
+
+No scale is applied to q. The map has rank K at most (Katharopoulos et al., 2020, equations 4 to 7).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+
+PAPER = "https://arxiv.org/abs/2006.16236"
+COST = "O(N K^2)"
+ROW_STOCHASTIC = True
+
+
+@dataclass(frozen=True)
+class Config:
+    eps: float = 1e-6
+    """Added to the normaliser, so that it is never zero."""
+
+
+class LinearAttention(nn.Module):
+    """Shapes: q, k, v and the result are [B, H, N, K]."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        total = (wide(q) * wide(k).sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True)  # [B, H, N, 1]
+        summed = k.transpose(-2, -1) @ v  # [B, H, K, K]
+        return (q @ summed / (total + self.eps)).to(v.dtype)
+
+
+def build(layer: LayerConfig, config: Config) -> nn.Module:
+    return MultiHead(layer, core=LinearAttention(config.eps))
+
+
+def macs(layer: LayerConfig, config: Config) -> int:
+    return 2 * layer.grid.num_tokens * layer.dim * layer.head_dim

@@ -1,0 +1,126 @@
+"""Performer (FAVOR+): softmax attention estimated with positive orthogonal random features.
+
+    out = phi(q) (phi(k)^T v) / (phi(q) sum_j phi(k_j)),
+    phi(x)_i = (exp(w_i . x' - |x'|^2 / 2 - c) + eps) / sqrt(m),   x' = x / K^(1/4)
+
+The constant c keeps exp finite and cancels: for a query, its own maximum over the features; for the keys, one maximum
+over features and tokens (a maximum for each key would reweight the keys). The rows w are drawn in orthogonal blocks
+with the norms of Gaussian vectors, and drawn again every `redraw_interval` optimizer steps (Choromanski et al., 2021,
+equations 5 to 7, and section 2.4). The ReLU kernel, phi(x) = (relu(w x') + eps) / sqrt(m), estimates no softmax.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitcmp.attention import AttentionError, DegenerateWarning
+from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+
+PAPER = "https://arxiv.org/abs/2009.14794"
+COST = "O(N m K)"
+APPROXIMATES = "softmax"
+ROW_STOCHASTIC = True
+
+
+@dataclass(frozen=True)
+class Config:
+    num_features: int | Literal["auto"] = "auto"
+    """Random features, m; auto: the paper's K ln K, rounded down."""
+    kernel: Literal["softmax", "relu"] = "softmax"
+    """softmax: an estimate of softmax attention; relu: the paper's generalised attention."""
+    redraw_interval: int = 1000
+    """Optimizer steps between draws of the features (0: never)."""
+    eps: float = 1e-4
+    """Added to each feature, so that the normaliser is never zero."""
+
+
+class PerformerAttention(nn.Module):
+    """Shapes: q, k, v and the result are [B, H, N, K]. Features are computed in fp32 at least."""
+
+    projection: Tensor
+    num_steps: Tensor
+    seed: Tensor
+
+    def __init__(self, head_dim: int, num_features: int, kernel: str, redraw_interval: int, eps: float) -> None:
+        super().__init__()
+        self.kernel, self.redraw_interval, self.eps = kernel, redraw_interval, eps
+        # Buffers, so that a resumed run goes on with the same features.
+        self.register_buffer("projection", torch.empty(num_features, head_dim))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
+        self.reset_random_state(int(torch.randint(2**62, ())))
+
+    def reset_random_state(self, seed: int) -> None:
+        """Draw the features from `seed` and count steps from 0."""
+        self.seed.fill_(seed)
+        self.num_steps.zero_()
+        self._draw()
+
+    def after_optimizer_step(self) -> None:
+        """Count the step; draw new features when the interval is over."""
+        self.num_steps += 1
+        if self.redraw_interval and int(self.num_steps) % self.redraw_interval == 0:
+            self._draw()
+
+    def _draw(self) -> None:
+        generator = torch.Generator().manual_seed((int(self.seed) + int(self.num_steps)) % 2**63)
+        self.projection.copy_(orthogonal_gaussian(*self.projection.shape, generator))
+
+    def _features(self, x: Tensor, max_over: tuple[int, ...]) -> Tensor:
+        """phi of q or k, [B, H, N, m], in fp32 at least."""
+        x = wide(x) * x.shape[-1] ** -0.25
+        projected = x @ self.projection.to(x.dtype).T
+        if self.kernel == "relu":
+            features = projected.relu() + self.eps
+        else:
+            exponent = projected - x.square().sum(dim=-1, keepdim=True) / 2
+            features = (exponent - exponent.amax(dim=max_over, keepdim=True).detach()).exp() + self.eps
+        return features / math.sqrt(features.shape[-1])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = self._features(q, max_over=(-1,)), self._features(k, max_over=(-2, -1))
+            total = (q * k.sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True)  # [B, H, N, 1]
+            summed = k.transpose(-2, -1) @ wide(v)  # [B, H, m, K]
+            return (q @ summed / total).to(v.dtype)
+
+
+def orthogonal_gaussian(num_rows: int, dim: int, generator: torch.Generator) -> Tensor:
+    """[num_rows, dim]: orthogonal within blocks of `dim` rows, each row with the norm of a Gaussian vector."""
+    blocks = -(-num_rows // dim)
+    gaussian = torch.randn(blocks, dim, dim, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    # Without the signs of R's diagonal, Q is not uniform over the orthogonal matrices.
+    directions = (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).transpose(-2, -1).reshape(-1, dim)
+    norms = torch.randn(num_rows, dim, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
+    return directions[:num_rows] * norms
+
+
+def num_features(layer: LayerConfig, config: Config) -> int:
+    """m, with `auto` resolved."""
+    if config.num_features == "auto":
+        return max(1, int(layer.head_dim * math.log(layer.head_dim)))
+    return config.num_features
+
+
+def build(layer: LayerConfig, config: Config) -> nn.Module:
+    features, tokens = num_features(layer, config), layer.grid.num_tokens
+    if features < 1 or config.redraw_interval < 0:
+        raise AttentionError(f"performer: num_features ({features}) must be above 0 and redraw_interval "
+                             f"({config.redraw_interval}) 0 or more")  # fmt: skip
+    if features >= tokens:
+        warnings.warn(
+            f"performer: {features} features for {tokens} tokens cost more than full attention", DegenerateWarning, 2
+        )
+    core = PerformerAttention(layer.head_dim, features, config.kernel, config.redraw_interval, config.eps)
+    return MultiHead(layer, core)
+
+
+def macs(layer: LayerConfig, config: Config) -> int:
+    return 4 * layer.grid.num_tokens * layer.dim * num_features(layer, config)

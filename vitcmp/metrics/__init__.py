@@ -1,0 +1,1 @@
+"""Measures: they return values, and never print."""

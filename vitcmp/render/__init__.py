@@ -1,0 +1,1 @@
+"""From a DataFrame to a table or a figure; nothing here measures."""
