@@ -9,7 +9,7 @@ _PUBLIC = {
     "build_model": "vitcmp.models.vit",
     "load_data": "vitcmp.data.datasets",
     "train": "vitcmp.workflows.train",
-    "load_run": "vitcmp.workflows.runs",
+    "load_run": "vitcmp.models.checkpoint",
     "load_records": "vitcmp.store",
 }
 __all__ = [*_PUBLIC, "__version__"]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -245,6 +246,4 @@ def _rectangles(heights: Tensor, widths: Tensor, height: int, width: int, genera
 def _beta(parameter: float, generator: Generator) -> float:
     """A draw from Beta(parameter, parameter) that depends on the generator alone."""
     seed = int(torch.randint(2**31, (), generator=generator))
-    from numpy.random import default_rng
-
-    return float(default_rng(seed).beta(parameter, parameter))
+    return float(np.random.default_rng(seed).beta(parameter, parameter))

@@ -1,0 +1,69 @@
+"""How good the predictions are: accuracy, calibration, and the intervals around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import confusion_matrix
+
+Array = np.ndarray
+
+
+def top_k_pct(logits: Array, labels: Array, k: int) -> float:
+    """Share of samples, in percent, whose label is among the k largest logits ([N, classes]); ties go to the label."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    return float(((logits > own).sum(axis=1) < k).mean() * 100)
+
+
+def probabilities(logits: Array) -> Array:
+    """Softmax over classes, [N, classes], in fp64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    weights = np.exp(shifted)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def nll(logits: Array, labels: Array) -> float:
+    """Mean negative log-likelihood of the labels, in nats."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_total = np.log(np.exp(shifted).sum(axis=1))
+    return float((log_total - shifted[np.arange(len(labels)), labels]).mean())
+
+
+def ece_pct(logits: Array, labels: Array, bins: int = 15) -> float:
+    """Expected calibration error in percent: |confidence - accuracy| over equal-width bins of the confidence.
+
+    Guo et al., 2017 (arXiv 1706.04599), equation 5; a bin holds (low, high].
+    """
+    p = probabilities(logits)
+    confidence, correct = p.max(axis=1), p.argmax(axis=1) == labels
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(place, weights=confidence - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels) * 100)
+
+
+def wilson_pct(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a proportion in percent (Wilson, 1927): of the test images, not of the seeds."""
+    share, spread = correct / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * np.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    return float(max(0, centre - half) * 100), float(min(1, centre + half) * 100)
+
+
+def summary(logits: Array, labels: Array, prefix: str = "") -> dict[str, Any]:
+    """Top-1, top-5 (top-1 alone below 6 classes), NLL, ECE and the interval of top-1, under prefixed names."""
+    top1 = top_k_pct(logits, labels, 1)
+    low, high = wilson_pct(round(top1 * len(labels) / 100), len(labels))
+    metrics = {"top1_pct": top1, "top1_low_pct": low, "top1_high_pct": high}
+    if logits.shape[1] > 5:
+        metrics["top5_pct"] = top_k_pct(logits, labels, 5)
+    metrics |= {"nll": nll(logits, labels), "ece_pct": ece_pct(logits, labels)}
+    return {prefix + name: value for name, value in metrics.items()}
+
+
+def per_class(logits: Array, labels: Array) -> tuple[list[float | None], list[list[int]]]:
+    """Accuracy of each class in percent (None for a class without samples), and the confusion matrix [true][said]."""
+    matrix = confusion_matrix(labels, logits.argmax(axis=1), labels=np.arange(logits.shape[1]))
+    totals = matrix.sum(axis=1)
+    shares = [float(matrix[i, i] / n * 100) if n else None for i, n in enumerate(totals)]
+    return shares, matrix.tolist()

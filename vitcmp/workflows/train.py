@@ -1,0 +1,415 @@
+"""Train one model: keeps the best state on validation and the last one, and reads the test images once, at the end.
+
+A run's folder holds config.json, log.jsonl (a line an epoch), model.safetensors (the best on validation),
+last.safetensors, state.pt (all that a resumed run needs to be the same run) and predictions.npz (of the test images).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vitcmp import attention, machine, store
+from vitcmp.attention import DegenerateWarning
+from vitcmp.configs import RunConfig, RuntimeConfig, TrainConfig, UserError, resolve_run
+from vitcmp.data.augment import Batch, Normalise, TrainPipeline
+from vitcmp.data.datasets import Data, load_data
+from vitcmp.metrics import accuracy, complexity
+from vitcmp.metrics.inference import logits_of, micro_batch
+from vitcmp.metrics.memory import PeakMemory
+from vitcmp.models.checkpoint import RunInfo, load_info, save_weights
+from vitcmp.models.vit import ViT, seed_of
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class Diverged(Exception):
+    """The loss is not finite any more."""
+
+
+def train(results: str = RuntimeConfig.results, device: str = "auto", **settings: Any) -> store.Record:
+    """Train from Python, with the settings of the command line.
+
+        >>> record = train(attention="performer", dataset="digits", epochs=15)
+        >>> record.metrics["top1_pct"]
+    """
+    return run(resolve_run(settings), RuntimeConfig(results=results, device=device))
+
+
+def canonical(config: RunConfig) -> RunConfig:
+    """The same configuration with its attention specs in canonical form."""
+    spec = config.model.attention
+    named = attention.canonical(spec) if isinstance(spec, str) else tuple(map(attention.canonical, spec))
+    return replace(config, model=replace(config.model, attention=named))
+
+
+def run_key(config: RunConfig, data: Data) -> str:
+    """What makes two runs the same cell: configuration, code, data and the files of plug-ins."""
+    digests = [attention.load(spec).digest for spec in config.model.attention_specs]
+    return store.cell_key("train", config.flat(), data.digest, *dict.fromkeys(digests))
+
+
+def run(
+    config: RunConfig,
+    runtime: RuntimeConfig,
+    resume: Path | None = None,
+    listen: Listener = lambda event: None,
+    data: Data | None = None,
+) -> store.Record:
+    """Train, test once, and append a record; `resume` goes on with an unfinished run's folder.
+
+    `listen` gets a dict every few steps and at the end of each epoch. A run that diverges, runs out of memory, fails
+    or is interrupted leaves a record that says so.
+
+    Raises: UserError or AttentionError before anything is written; KeyboardInterrupt and SystemExit after recording.
+    """
+    config = canonical(config)
+    device = machine.pick_device(runtime.device)
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    data = data or load_data(config.data, runtime.data_dir)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DegenerateWarning)
+        model = ViT(config.model, config.train.seed)
+    notes = [*data.warnings, *dict.fromkeys(str(w.message) for w in caught)]
+    key = run_key(config, data)
+    folder = resume or new_folder(runtime, config, key)
+    info = load_info(folder) if resume else RunInfo.of(folder.name, runtime.name, key, config, data)
+    if resume and (info.key != key):
+        notes.append("resumed with another version of the code or data")
+    if not resume:
+        store.write_json(folder / "config.json", asdict(info))
+    listen({"event": "start", "run": str(folder), "notes": notes})
+
+    memory = PeakMemory(device)
+    metrics: dict[str, Any] = {}
+    status, error = "ok", None
+    interruption: BaseException | None = None
+    try:
+        _train_and_test(model, config, runtime, data, device, folder, info, listen, metrics)
+    except Diverged as reason:
+        status, error = "diverged", str(reason)
+    except (KeyboardInterrupt, SystemExit) as reason:
+        status, error, interruption = "interrupted", type(reason).__name__, reason
+    except Exception as reason:
+        status, error = _status_of(reason, model), f"{type(reason).__name__}: {reason}".splitlines()[0]
+        (folder / "error.txt").write_text(traceback.format_exc())
+    metrics["peak_memory_mib"] = memory.mib()
+    record = store.new_record(
+        id=info.id if status == "ok" else f"{info.id}.{status}.{int(time.time() * 1000)}",
+        kind="train", status=status, key=key, config={**config.flat(), "name": info.name},
+        hardware=machine.hardware(device), versions=machine.versions(), commit=machine.commit(),
+        metrics=metrics, warnings=notes, error=error,
+    )  # fmt: skip
+    store.append(runtime.results, record)
+    if interruption is not None:
+        raise interruption
+    return record
+
+
+def new_folder(runtime: RuntimeConfig, config: RunConfig, key: str) -> Path:
+    """A new folder under results/runs, named after what is trained."""
+    spec = config.model.attention if isinstance(config.model.attention, str) else "mixed"
+    slug = "".join(c if c.isalnum() else "-" for c in Path(spec).name.replace(".py", ""))
+    stem = f"{runtime.name or config.data.dataset}-{slug}-s{config.train.seed}-{key[:6]}"
+    root = Path(runtime.results) / "runs"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, 10_000):
+            folder = root / (stem if attempt == 1 else f"{stem}-{attempt}")
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise UserError(f"cannot write to '{runtime.results}' ({error.strerror}); choose another --results") from None
+    raise UserError(f"too many runs named {stem}; give this one a --name")
+
+
+@dataclass
+class _State:
+    """All that changes while training, and so all that a resumed run needs."""
+
+    model: ViT
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel | None
+    epoch: int = 0
+    """Epochs finished."""
+    best_top1_pct: float = -1.0
+    best_epoch: int = 0
+
+    @property
+    def evaluated(self) -> ViT:
+        """The weights that are validated and tested."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def save(self, path: Path) -> None:
+        """Write everything; whole, or not at all."""
+        content = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "epoch": self.epoch, "best_top1_pct": self.best_top1_pct, "best_epoch": self.best_epoch,
+        }  # fmt: skip
+        store.write_atomic(path, lambda temporary: torch.save(content, temporary))
+
+    def load(self, path: Path, device: torch.device) -> None:
+        """Raises: UserError where the file is damaged or belongs to another model."""
+        try:
+            content = torch.load(path, map_location=device, weights_only=True)
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            if self.ema is not None:
+                self.ema.load_state_dict(content["ema"])
+        except Exception as error:
+            raise UserError(f"{path} cannot be resumed ({str(error).splitlines()[0]}); start the run anew") from None
+        self.epoch, self.best_top1_pct = content["epoch"], content["best_top1_pct"]
+        self.best_epoch = content["best_epoch"]
+
+
+@dataclass
+class _EpochSums:
+    """Running sums of one epoch, kept on the device."""
+
+    loss: Tensor
+    correct: Tensor
+    images: int = 0
+    seconds: float = field(default=0.0)
+
+
+def _train_and_test(
+    model: ViT, config: RunConfig, runtime: RuntimeConfig, data: Data, device: torch.device,
+    folder: Path, info: RunInfo, listen: Listener, metrics: dict[str, Any],
+) -> None:  # fmt: skip
+    """The run itself; fills `metrics` as it goes, so that a run which ends early keeps what it has."""
+    c = config.train
+    model.to(device)
+    size = micro_batch(model, device, c.batch_size) if c.micro_batch == "auto" else min(c.micro_batch, c.batch_size)
+    precision = machine.precision(c.precision, device)
+    # Where tensors are large, micro-batches do better than the allocator's settings, and the two do not add up.
+    if device.type == "cpu" and size == c.batch_size:
+        machine.keep_freed_memory()
+    compiled = c.compile and _can_compile(device, listen)
+    metrics |= {
+        "params_m": complexity.parameters_m(model),
+        "attention_macs_g": complexity.attention_macs(model) / 1e9,
+        "macs_g": complexity.model_macs(model) / 1e9,
+        "tokens": model.grid.num_tokens,
+        "precision_used": precision, "micro_batch_used": size, "compiled": compiled,
+    }  # fmt: skip
+    normalise = Normalise(data.mean, data.std, config.model.image_hw, device)
+    pipeline = TrainPipeline(data.train, config.augment, normalise, device)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(c.ema)) if c.ema else None
+    state = _State(model, make_optimizer(model, c, device), ema)
+    if (folder / "state.pt").exists():
+        state.load(folder / "state.pt", device)
+    tracker = _tracker(runtime, folder)
+    step_model = torch.compile(model) if compiled else model
+    steps_an_epoch = math.ceil(len(data.train) / c.batch_size)
+    schedule = Schedule(c, steps_an_epoch)
+
+    while state.epoch < c.epochs and not _stop_early(state, c):
+        epoch = state.epoch
+        # Streams are seeded an epoch, so that a resumed run draws what an uninterrupted one would have drawn.
+        torch.manual_seed(seed_of(c.seed, f"epoch {epoch}"))
+        sums = _EpochSums(torch.zeros((), device=device), torch.zeros((), device=device))
+        model.train()
+        start = time.perf_counter()
+        for step, batch in enumerate(pipeline.epoch(c.batch_size, seed_of(c.seed, f"data {epoch}"))):
+            lr = schedule.set_lr(state.optimizer, epoch * steps_an_epoch + step)
+            loss, correct = train_step(step_model, batch, state.optimizer, c, size, precision)
+            for module in model.modules():
+                if hasattr(module, "after_optimizer_step"):
+                    module.after_optimizer_step()
+            if state.ema is not None:
+                state.ema.update_parameters(model)
+            sums.loss += loss * len(batch.labels)
+            sums.correct += correct
+            sums.images += len(batch.labels)
+            if step % 10 == 9 or step == steps_an_epoch - 1:
+                mean = sums.loss.item() / sums.images
+                if not math.isfinite(mean):
+                    raise Diverged(f"the loss is {mean} in epoch {epoch + 1}; lower --lr or lengthen --warmup-epochs")
+                seconds = time.perf_counter() - start
+                listen({
+                    "event": "step", "epoch": epoch, "epochs": c.epochs, "done": (step + 1) / steps_an_epoch,
+                    "loss": mean, "top1_pct": 100 * sums.correct.item() / sums.images,
+                    "throughput_img_s": sums.images / seconds,
+                })  # fmt: skip
+            if runtime.log_every and (epoch * steps_an_epoch + step) % runtime.log_every == 0:
+                store.append_log(folder, {"epoch": epoch + 1, "step": step, "loss": loss.item(), "lr": lr})
+        machine.synchronize(device)
+        sums.seconds = time.perf_counter() - start
+
+        logits = logits_of(state.evaluated, data.validation, normalise, device)
+        line = {
+            "epoch": epoch + 1, "lr": lr,
+            "train_loss": sums.loss.item() / sums.images,
+            "train_top1_pct": 100 * sums.correct.item() / sums.images,
+            "validation_loss": accuracy.nll(logits, data.validation.labels.numpy()),
+            "validation_top1_pct": accuracy.top_k_pct(logits, data.validation.labels.numpy(), 1),
+            "train_seconds": sums.seconds, "images": sums.images,
+            "seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        state.epoch += 1
+        if line["validation_top1_pct"] > state.best_top1_pct:
+            state.best_top1_pct, state.best_epoch = line["validation_top1_pct"], state.epoch
+            save_weights(folder / "model.safetensors", state.evaluated, info)
+        if runtime.save_every and state.epoch % runtime.save_every == 0:
+            save_weights(folder / f"epoch-{state.epoch:04}.safetensors", state.evaluated, info)
+        store.append_log(folder, line)
+        state.save(folder / "state.pt")
+        for name, value in line.items():
+            tracker(name, value, state.epoch)
+        listen({"event": "epoch", "epochs": c.epochs, **line})
+
+    save_weights(folder / "last.safetensors", state.evaluated, info)
+    metrics |= _speed(store.read_log(folder))
+    metrics |= {"epochs_run": state.epoch, "best_epoch": state.best_epoch}
+    metrics |= _test(folder, data, normalise, device)
+
+
+def train_step(
+    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, config: TrainConfig, size: int, precision: str
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on one batch, `size` images at a time: the gradients are those of the whole batch.
+
+    Returns the mean loss and how many predictions were right, on the device.
+    """
+    optimizer.zero_grad()
+    total = len(batch.labels)
+    loss_sum, correct = torch.zeros((), device=batch.images.device), torch.zeros((), device=batch.images.device)
+    for images, labels, others, share in zip(
+        batch.images.split(size), batch.labels.split(size), batch.other_labels.split(size), batch.share.split(size)
+    ):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        loss = mixed_cross_entropy(logits, labels, others, share, config.label_smoothing).sum() / total
+        loss.backward()
+        loss_sum += loss.detach()
+        correct += (logits.detach().argmax(dim=1) == labels).sum()
+    if config.grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    optimizer.step()
+    return loss_sum, correct
+
+
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, share: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy of each sample, [B], with a share for `labels` and the rest for `others`; in fp32 at least."""
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    if labels is others or bool((share == 1).all()):
+        return loss
+    return share * loss + (1 - share) * F.cross_entropy(logits, others, reduction="none", label_smoothing=smoothing)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with decay on weight matrices only, its update in one fused kernel."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[name.endswith("weight") and parameter.ndim >= 2].append(parameter)
+    decayed = [{"params": params, "weight_decay": config.weight_decay * is_matrix} for is_matrix, params in groups.items()]
+    return torch.optim.AdamW(decayed, lr=config.lr, fused=True)
+
+
+class Schedule:
+    """Linear warm-up to the peak, then a cosine down to `min_lr`, a value a step."""
+
+    def __init__(self, config: TrainConfig, steps_an_epoch: int) -> None:
+        self.config = config
+        self.total = config.epochs * steps_an_epoch
+        self.warmup = min(int(config.warmup_epochs * steps_an_epoch), self.total - 1)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        c = self.config
+        if step < self.warmup:
+            return c.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.total - self.warmup)
+        return c.min_lr + (c.lr - c.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def set_lr(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set it in all groups, and return it."""
+        lr = self.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+
+def _stop_early(state: _State, config: TrainConfig) -> bool:
+    return bool(config.early_stopping) and state.epoch - state.best_epoch >= config.early_stopping
+
+
+def _speed(log: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Time spent in training alone: no validation, no saving. The first epoch, which warms up, is not in the median."""
+    epochs = list(log)
+    seconds = [line["train_seconds"] for line in epochs]
+    steady = epochs[1:] or epochs
+    return {
+        "train_seconds": sum(seconds),
+        "seconds_per_epoch": float(np.median([line["train_seconds"] for line in steady])),
+        "throughput_img_s": float(np.median([line["images"] / line["train_seconds"] for line in steady])),
+    }
+
+
+def _test(folder: Path, data: Data, normalise: Normalise, device: torch.device) -> dict[str, Any]:
+    """Accuracy of the best state on all three splits; the test images' predictions are kept."""
+    from vitcmp.models.checkpoint import load_weights
+
+    model, _ = load_weights(folder / "model.safetensors")
+    model.to(device)
+    metrics = {}
+    for name, part in (("train", data.train), ("validation", data.validation)):
+        logits = logits_of(model, part, normalise, device)
+        metrics[f"{name}_top1_pct"] = accuracy.top_k_pct(logits, part.labels.numpy(), 1)
+    logits, labels = logits_of(model, data.test, normalise, device), data.test.labels.numpy()
+    save_predictions(folder / "predictions.npz", logits, labels)
+    return metrics | accuracy.summary(logits, labels)
+
+
+def save_predictions(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Logits and label of every image, in the data set's order; whole, or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, logits=logits, labels=labels, predicted=logits.argmax(axis=1))
+
+    store.write_atomic(path, write)
+
+
+def _status_of(error: Exception, model: nn.Module) -> str:
+    """oom, diverged (where NaN weights made a library fail first) or failed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "oom"
+    broken = any(not p.isfinite().all() for p in model.parameters())
+    return "diverged" if broken else "failed"
+
+
+def _can_compile(device: torch.device, listen: Listener) -> bool:
+    if device.type != "cpu" or machine.compiler():
+        return True
+    listen({"event": "note", "text": "no C++ compiler found: --compile is ignored (install g++ or clang)"})
+    return False
+
+
+def _tracker(runtime: RuntimeConfig, folder: Path) -> Callable[[str, float, int], None]:
+    if runtime.tracker == "none":
+        return lambda name, value, epoch: None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tracker tensorboard needs TensorBoard: pip install 'vitcmp[track]'") from None
+    return SummaryWriter(str(folder / "tensorboard")).add_scalar
