@@ -229,6 +229,16 @@ class RuntimeConfig:
 
 
 @dataclass(frozen=True)
+class GridConfig:
+    """What a study varies."""
+
+    attention: str | tuple[str, ...] = "softmax"
+    """Mechanism, as a spec such as performer:num_features=64; repeat it for several, or all."""
+    seeds: int | str | tuple[int, ...] = 0
+    """Seeds, such as 0-2 or 0,5."""
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """What is measured, and how long."""
 

@@ -197,9 +197,12 @@ def _log_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def append_log(run: Path, line: Mapping[str, Any]) -> None:
-    """One line of a run's log."""
-    with (run / "log.jsonl").open("a") as file:
-        file.write(json.dumps(_finite(dict(line))) + "\n")
+    """One line of a run's log, on its own line even where a killed writer left a torn one."""
+    text = json.dumps(_finite(dict(line))) + "\n"
+    with (run / "log.jsonl").open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        file.write((("\n" if torn else "") + text).encode())
 
 
 def find_run(results: str | Path, name: str) -> Path:

@@ -9,6 +9,7 @@ else; neither costs multiply-adds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +56,8 @@ class EntmaxAttention(nn.Module):
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:
-    if config.alpha < 1:
-        raise AttentionError(f"entmax: alpha ({config.alpha}) must be 1 or more")
+    if not 1 <= config.alpha < math.inf:
+        raise AttentionError(f"entmax: alpha ({config.alpha}) must be 1 or more, and finite")
     return MultiHead(layer, core=EntmaxAttention(config.alpha, layer.dropout))
 
 

@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,7 @@ def load_data(dataset: str | DataConfig = "digits", data_dir: str | None = None,
     if chosen and not Path(chosen).is_dir():
         raise UserError(f"no data folder '{chosen}'; create it, or point --data-dir or VITCMP_DATA elsewhere")
     raw = _LOADERS[config.dataset](config.dataset, Path(chosen or "~/.cache/vitcmp").expanduser())
+    _check_labels(config.dataset, raw.train, raw.test)
     if config.invert:
         raw = _Raw(_inverted(raw.train), _inverted(raw.test), raw.class_names, raw.digest, raw.warnings)
     kept, held_out = _stratified(raw.train.labels, config.validation)
@@ -144,6 +146,14 @@ def load_data(dataset: str | DataConfig = "digits", data_dir: str | None = None,
     return Data(
         config.dataset, train, raw.train.take(held_out), raw.test, raw.class_names, mean, std, raw.digest, raw.warnings
     )
+
+
+def _check_labels(name: str, *parts: Split) -> None:
+    classes = DATASETS[name]["num_classes"]
+    for part in parts:
+        if part.images.ndim != 4 or len(part.images) != len(part.labels) or part.labels.max() >= classes:
+            shape, count, top = tuple(part.images.shape), len(part.labels), int(part.labels.max())
+            raise UserError(f"{name}: images {shape} do not fit {count} labels up to {top}; fetch the files again")
 
 
 def _inverted(part: Split) -> Split:
@@ -235,7 +245,7 @@ def _parse_idx(path: Path, content: bytes, count: int) -> Tensor:
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(sizes)
         if content[:3] != b"\0\0\x08" or len(values) == 0 or len(values) > count:
             raise ValueError
-    except (ValueError, IndexError, OSError, EOFError):
+    except (ValueError, IndexError, OSError, EOFError, zlib.error):
         raise UserError(f"{path.name} is damaged or no idx file; delete it and fetch it again") from None
     return torch.from_numpy(values.copy())
 
@@ -271,7 +281,10 @@ def _cifar(name: str, root: Path) -> _Raw:
         return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
     meta, key = facts["names"]
-    names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in batches[meta][key])
+    try:
+        names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in batches[meta][key])
+    except (KeyError, TypeError):
+        raise UserError(f"{name}: {meta} holds no class names; fetch the archive again") from None
     return _Raw(part(facts["train"]), part(facts["test"]), names, digest, tuple(warnings))
 
 
@@ -279,14 +292,15 @@ def _members(archive: Path, packed: bytes, folder: str, wanted: list[str]) -> di
     """The contents of some files of a tar archive, read in memory: nothing is extracted to the disk."""
     contents = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        # All of it first: that verifies gzip's checksum, which reading member by member does not reach.
+        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(packed))) as tar:
             for member in tar:
                 file = member.name.removeprefix("./").removeprefix(f"{folder}/")
                 if file in wanted and member.isfile():
                     stream = tar.extractfile(member)
                     assert stream is not None
                     contents[file] = stream.read()
-    except (tarfile.TarError, OSError, EOFError):
+    except (tarfile.TarError, OSError, EOFError, zlib.error):
         raise UserError(f"{archive.name} is damaged; delete it and fetch it again") from None
     missing = [file for file in wanted if file not in contents]
     if missing:

@@ -11,9 +11,13 @@ Array = np.ndarray
 
 
 def top_k_pct(logits: Array, labels: Array, k: int) -> float:
-    """Share of samples, in percent, whose label is among the k largest logits ([N, classes]); ties go to the label."""
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    return float(((logits > own).sum(axis=1) < k).mean() * 100)
+    """Share of samples, in percent, whose label is among the k largest logits ([N, classes]).
+
+    Ties go to the lower class, as in argmax; a sample with a NaN is wrong, so a broken model scores 0.
+    """
+    largest = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    right = (largest == labels[:, None]).any(axis=1) & ~np.isnan(logits).any(axis=1)
+    return float(right.mean() * 100)
 
 
 def probabilities(logits: Array) -> Array:

@@ -72,7 +72,7 @@ def load_info(run: Path) -> RunInfo:
     """
     try:
         return _info((run / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, KeyError, ValueError, TypeError):
         raise UserError(f"{run / 'config.json'} is missing or damaged; the run cannot be read") from None
 
 

@@ -1,0 +1,72 @@
+"""Imports point one way: cli -> workflows -> models, data, metrics, store, render -> attention, configs."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vitcmp
+
+ROOT = Path(vitcmp.__file__).parent
+LEVELS = {
+    "__main__": 0, "cli": 0, "options": 0,
+    "workflows": 1,
+    "models": 2, "data": 2, "metrics": 2, "store": 2, "machine": 2, "render": 2,
+    "attention": 3, "configs": 3,
+}  # fmt: skip
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at the top or inside, as a dotted name; of vitcmp also `vitcmp.part.name`."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part_of(dotted: str) -> list[str]:
+    """The path inside vitcmp of `vitcmp.models.vit.ViT`; empty for `vitcmp.__version__` and other packages' names."""
+    names = dotted.split(".")
+    return names[1:] if names[0] == "vitcmp" and len(names) > 1 and names[1] in LEVELS else []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_one_way(path: Path) -> None:
+    own = path.with_suffix("").parts
+    assert own[0] in LEVELS, f"{path} has no place in the layers"
+    for dotted in imports(path):
+        target = part_of(dotted)
+        if not target or target[0] == own[0] == "attention":
+            continue
+        assert LEVELS[target[0]] >= LEVELS[own[0]], f"{path} imports {dotted}"
+        assert own[0] != "attention", f"{path} imports {dotted}: attention knows nothing of vitcmp"
+        assert own[0] != "configs", f"{path} imports {dotted}: configs know nothing of vitcmp"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "workflows"], ids=str)
+def test_workflows_do_not_import_each_other(path: Path) -> None:
+    own = path.with_suffix("").parts
+    if own[-1] == "compare":  # it runs the others
+        return
+    others = {target[1] for target in map(part_of, imports(path)) if target[:1] == ["workflows"] and len(target) > 1}
+    assert others <= {own[-1]}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "render"], ids=str)
+def test_rendering_measures_nothing(path: Path) -> None:
+    for dotted in imports(path):
+        assert dotted.split(".")[0] not in ("torch", "torchvision"), f"{path} imports {dotted}"
+        assert part_of(dotted)[:1] not in (["metrics"], ["models"], ["data"]), f"{path} imports {dotted}"
+
+
+def test_the_rule_reads_something() -> None:
+    """The checks above would pass if no import were found."""
+    assert "vitcmp.attention._multihead.MultiHead" in imports(Path("attention/softmax.py"))
+    assert part_of("vitcmp.attention._multihead.MultiHead") == ["attention", "_multihead", "MultiHead"]
+    assert any(part_of(name)[:1] == ["workflows"] for name in imports(Path("cli.py")))
