@@ -1,42 +1,50 @@
 """The command line: parse, build a config, call one workflow, print.
 
-Options come from the config classes: a field is an option, its docstring the help, its default the default.
-Only the standard library, Typer, rich, the configs and the names of mechanisms are imported before a command runs.
+Before a command runs, only the standard library, Typer, rich, the configs and the names of mechanisms are imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import json
-import os
 import signal
 import sys
-import types
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+import click
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vitcmp import __version__, attention
 from vitcmp.configs import (
+    PRESETS,
     AugmentConfig,
     BenchConfig,
     DataConfig,
+    GridConfig,
     ModelConfig,
-    RunConfig,
     RuntimeConfig,
     TrainConfig,
     UserError,
     help_texts,
     parse_integers,
     resolve_run,
-    split,
 )
+from vitcmp.options import only, options, read_yaml, take
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vitcmp.store import Record
+    from vitcmp.workflows.compare import Study
+
+RUN = (ModelConfig, DataConfig, AugmentConfig, TrainConfig)
+TRAINING_ONLY = "name save_every log_every tracker"
 
 app = typer.Typer(
     help="Compare attention mechanisms in Vision Transformers: train, evaluate, benchmark, look inside, report.",
@@ -52,7 +60,7 @@ err = Console(stderr=True)
 
 @dataclasses.dataclass
 class Output:
-    """How commands print: the global options."""
+    """How commands print: set by the global options."""
 
     json: bool = False
     quiet: bool = False
@@ -62,13 +70,39 @@ class Output:
         if not self.quiet:
             err.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def data(self, value: Any) -> None:
-        """The result for a program: one JSON document on stdout."""
-        print(json.dumps(value, indent=2, default=list))
+    def show(self, value: Any, text: str | Table | Callable[[], object]) -> None:
+        """The result on stdout: `value` as JSON where that was asked for, else `text` for a person."""
+        if self.json:
+            print(json.dumps(value, indent=2, default=_plain))
+        elif callable(text):
+            text()
+        elif isinstance(text, str):
+            out.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            out.print(text)
 
 
 output = Output()
-common: dict[str, Any] = {}
+everywhere: dict[str, Any] = {}
+"""The global options that are settings: results, device, data_dir."""
+
+AttentionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attention",
+        help="Mechanism, as a spec such as performer:num_features=64; repeat it for several, or all.",
+        rich_help_panel="Model",
+    ),
+]
+SeedsOption = Annotated[
+    str | None, typer.Option("--seeds", "--seed", help="Seeds, such as 0-2 or 0,5.", rich_help_panel="Train")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of settings, named as the options (underscores for dashes).")
+]
+ShowConfigOption = Annotated[bool, typer.Option("--show-config", help="Print the resolved settings and leave.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be done and leave.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to (default: in the results folder).")]
 
 
 @app.callback()
@@ -84,139 +118,400 @@ def global_options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Show the versions and leave.", is_eager=True)] = False,
 ) -> None:
-    """Global options come before the command's name."""
+    """Compare attention mechanisms in Vision Transformers: train, evaluate, benchmark, look inside, report."""
     if version:
         from vitcmp import machine
 
-        versions = {**machine.versions(), "commit": machine.commit()}
+        versions = {**machine.versions(), "vitcmp": __version__, "commit": machine.commit()}
         out.print(", ".join(f"{name} {value}" for name, value in versions.items() if value), highlight=False)
         raise typer.Exit
     output.json, output.quiet = as_json, quiet
-    common.clear()
-    common.update({k: v for k, v in (("results", results), ("device", device), ("data_dir", data_dir)) if v})
-
-
-def options(*classes: type[Any], without: str = "", **changed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option a field of each class; the command receives those that were given, as a dict.
-
-    `without` names fields to leave out; `changed` replaces an option's declaration (an Annotated type).
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def wrapper(**values: Any) -> None:
-            own = {name: values.pop(name) for name in list(values) if name in arguments}
-            command(**own, given={name: value for name, value in values.items() if value is not None})
-
-        arguments = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "given"]
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in arguments]
-        arguments = {p.name for p in arguments}  # type: ignore[assignment]
-        for cls in classes:
-            texts, hints = help_texts(cls), get_type_hints(cls)
-            for field in dataclasses.fields(cls):
-                if field.name in without.split():
-                    continue
-                kind = changed.get(field.name) or _option(field, hints[field.name], texts.get(field.name, ""), cls)
-                parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
-        return wrapper
-
-    return decorate
-
-
-def _option(field: dataclasses.Field[Any], hint: Any, text: str, cls: type[Any]) -> Any:
-    """An option for a field: choices are checked by the config, so that YAML and Python say the same."""
-    members = [t for t in (get_args(hint) if get_origin(hint) in (Union, types.UnionType) else [hint])]
-    simple = [t for t in members if t in (int, float, bool) ]
-    textual = any(t is str or get_origin(t) in (Literal, tuple) for t in members)
-    kind: Any = str if textual or not simple else simple[0]
-    flag = "--" + field.name.replace("_", "-")
-    names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-    default = field.default
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default))
-    if default not in (None, dataclasses.MISSING, False):
-        text += f" [dim](default: {default})[/dim]"
-    choices = [c for t in members if get_origin(t) is Literal for c in get_args(t)]
-    metavar = "|".join(map(str, choices)) if choices and len(members) == 1 else None
-    panel = cls.__name__.removesuffix("Config")
-    return Annotated[kind | None, typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)]
-
-
-Mechanisms = Annotated[
-    list[str] | None,
-    typer.Option("--attention", help="Mechanism, as a spec such as performer:num_features=64; repeat it for several, "
-                 "or all.", rich_help_panel="Model"),
-]  # fmt: skip
-Seeds = Annotated[
-    str | None, typer.Option("--seeds", help="Seeds, such as 0-2 or 0,5 (default: 0).", rich_help_panel="Train")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of settings, named as the options (underscores for dashes).")
-]
-ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print the resolved settings and leave.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be run and leave.")]
-RUN_OPTIONS = (ModelConfig, DataConfig, AugmentConfig, TrainConfig)
-# The global options stand before the command's name, and work after it too.
-RUNTIME = (RuntimeConfig,)
+    given = {"results": results, "device": device, "data_dir": data_dir}
+    everywhere.clear()
+    everywhere.update({name: value for name, value in given.items() if value is not None})
 
 
 @app.command(rich_help_panel="Work")
-@options(*RUN_OPTIONS, RuntimeConfig, without="attention seed")
+@options(*RUN, RuntimeConfig, without="attention seed")
 def train(
     given: dict[str, Any],
-    attention_specs: Mechanisms = None,
-    seeds: Seeds = None,
+    attention_specs: AttentionOption = None,
+    seeds: SeedsOption = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this unfinished run.")] = None,
-    config: ConfigFile = None,
-    show_config: ShowConfig = False,
-    dry_run: DryRun = False,
+    config: ConfigOption = None,
+    show_config: ShowConfigOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
-    """Train a model a mechanism and seed, test each once, and record it."""
-    settings = settings_of(config, given, attention_specs, seeds)
-    runtime = runtime_of(settings)
+    """Train a model for each mechanism and seed, test each once, and record it."""
+    settings = _settings(given, attention_specs, seeds, config)
+    runtime = take(settings, RuntimeConfig)
     if resume is not None:
         _resume(resume, runtime, settings)
         return
-    specs, numbers = grid_of(settings)
+    specs, numbers = _grid(settings)
     if "dataset" not in settings:
         output.say("no --dataset given: training on scikit-learn's digits (8 x 8 pixels, 64 patches)")
-    runs = [resolve_run({**settings, "attention": spec, "seed": seed}) for spec in specs for seed in numbers]
+    runs = [resolve_run({**settings, "attention": spec, "seed": seed}) for seed in numbers for spec in specs]
     if show_config:
-        output.data([run.flat() for run in runs])
-        return
-    if dry_run:
+        _show_config([run.flat() for run in runs])
+    elif dry_run:
+        lines = [f"train {run.model.attention} on {run.data.dataset}, seed {run.train.seed}" for run in runs]
+        output.show(lines, "\n".join(lines))
+    else:
+        from vitcmp.workflows.train import run as workflow
+
+        records = []
         for run in runs:
-            out.print(f"train {run.model.attention} on {run.data.dataset}, seed {run.train.seed}", highlight=False)
-        return
-    from vitcmp.workflows.train import run as workflow
-
-    with progress() as listen:
-        records = [workflow(run, runtime, listen=listen) for run in runs]
-    finish(records, runtime)
+            with _progress() as listen:
+                records.append(workflow(run, runtime, listen=listen))
+        _finish_training(records, runtime)
 
 
-def _resume(name: str, runtime: RuntimeConfig, settings: Mapping[str, Any]) -> None:
+def _resume(name: str, runtime: RuntimeConfig, settings: dict[str, Any]) -> None:
     if settings:
-        raise UserError(f"--resume takes the run's own settings; drop {', '.join(settings)}")
+        raise UserError(f"--resume takes the run's own settings; leave out {', '.join(settings)}")
     from vitcmp import store
     from vitcmp.models.checkpoint import load_info
     from vitcmp.workflows.train import run as workflow
 
     folder = store.find_run(runtime.results, name)
     if any(record.id == folder.name for record in store.read(runtime.results)):
-        raise UserError(f"run '{folder.name}' is finished; nothing to resume")
-    with progress() as listen:
+        raise UserError(f"run '{folder.name}' is finished; there is nothing to resume")
+    with _progress() as listen:
         record = workflow(load_info(folder).run_config, runtime, resume=folder, listen=listen)
-    finish([record], runtime)
+    _finish_training([record], runtime)
 
 
-def settings_of(
-    file: Path | None, given: Mapping[str, Any], specs: list[str] | None, seeds: str | None
+def _finish_training(records: Sequence[Record], runtime: RuntimeConfig) -> None:
+    output.show([record.model_dump() for record in records], lambda: list(map(_tell_training, records)))
+    if any(record.status != "ok" for record in records):
+        raise typer.Exit(1)
+    output.say(f"recorded in {runtime.results}; next: vitcmp report, vitcmp visualize {records[-1].id}")
+
+
+def _tell_training(record: Record) -> None:
+    m, name = record.metrics, f"{record.config['attention']}, seed {record.config['seed']}"
+    if record.status != "ok":
+        out.print(f"{name}: {record.status}: {record.error}", highlight=False, markup=False, soft_wrap=True)
+        return
+    out.print(
+        f"{name}: test {m['top1_pct']:.2f} % (95 % interval {m['top1_low_pct']:.1f} to {m['top1_high_pct']:.1f}), "
+        f"validation {m['validation_top1_pct']:.2f} %, train {m['train_top1_pct']:.2f} %; "
+        f"{m['train_seconds']:.0f} s, {m['throughput_img_s']:,.0f} images/s in {m['precision_used']}; run {record.id}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command("eval", rich_help_panel="Work")
+@options(RuntimeConfig, without=TRAINING_ONLY)
+def evaluate(
+    given: dict[str, Any],
+    run: Annotated[str, typer.Argument(help="Run (id or the beginning of one) or checkpoint file.")],
+    dataset: Annotated[str | None, typer.Option(help="Another data set with as many classes.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    image_size: Annotated[int | None, typer.Option(help="Evaluate at this resolution; positions interpolate.")] = None,
+    corrupt: Annotated[str | None, typer.Option(help="noise, blur, contrast or jpeg.")] = None,
+    severity: Annotated[int, typer.Option(help="Of the corruption, 1 to 5.")] = 3,
+    config: ConfigOption = None,
+) -> None:
+    """Evaluate a trained model: top-1, top-5, per class, confusion, calibration."""
+    from vitcmp.workflows.eval import run as workflow
+
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image_size ({image_size}) must be above 0")
+    found = workflow(run, _runtime(given, config), dataset, split, image_size, corrupt, severity)
+    record, m = found.record, found.record.metrics
+
+    def tell() -> None:
+        lines = [f"{record.config['attention']} on {record.config['dataset']} ({split}, {m['images']} images)"]
+        if "top5_pct" in m:
+            lines.append(f"top-5 {m['top5_pct']:.2f} %")
+        lines.insert(1, f"top-1 {m['top1_pct']:.2f} % (95 % interval {m['top1_low_pct']:.1f} to "
+                        f"{m['top1_high_pct']:.1f})")  # fmt: skip
+        lines.append(f"NLL {m['nll']:.4f}, calibration error (ECE) {m['ece_pct']:.2f} %")
+        out.print("\n".join(lines), highlight=False)
+        rows = [
+            [name, "–" if share is None else f"{share:.1f}", *_confused(found.confusion[i], i, found.class_names)]
+            for i, (name, share) in enumerate(zip(found.class_names, found.class_top1_pct, strict=True))
+        ]
+        out.print(_table(["class", "top-1 %", "most often taken for"], rows))
+        out.print(f"predictions: {found.predictions}", highlight=False, soft_wrap=True)
+
+    output.show(record.model_dump(), tell)
+
+
+def _confused(row: list[int], own: int, names: Sequence[str]) -> list[str]:
+    """The most frequent wrong class of one row of the confusion matrix."""
+    wrong = [(count, name) for i, (count, name) in enumerate(zip(row, names, strict=True)) if i != own]
+    count, name = max(wrong, default=(0, ""))
+    return [f"{name} ({count})" if count else ""]
+
+
+@app.command(rich_help_panel="Work")
+@options(RuntimeConfig, without=TRAINING_ONLY)
+def predict(
+    given: dict[str, Any],
+    run: Annotated[str, typer.Argument(help="Run (id or the beginning of one) or checkpoint file.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(help="Classes to show.")] = 5,
+    invert: Annotated[bool, typer.Option("--invert", help="Swap black and white first.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Classify your own pictures with a trained model."""
+    from vitcmp.workflows.predict import run as workflow
+
+    runtime = _runtime(given, config)
+    predictions = workflow(run, images, runtime.results, runtime.device, top, invert)
+    rows = [
+        [p.image if i == 0 else "", name, f"{share:.1f}"]
+        for p in predictions
+        for i, (name, share) in enumerate(p.classes)
+    ]
+    output.show([dataclasses.asdict(p) for p in predictions], _table(["image", "class", "probability %"], rows))
+
+
+@app.command(rich_help_panel="Work")
+@options(BenchConfig, ModelConfig, RuntimeConfig, without=f"attention {TRAINING_ONLY}")
+def bench(
+    given: dict[str, Any],
+    attention_specs: AttentionOption = None,
+    config: ConfigOption = None,
+    show_config: ShowConfigOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Measure latency, throughput, peak memory and MACs over token counts."""
+    settings = _settings(given, attention_specs, None, config, BenchConfig, ModelConfig)
+    runtime = take(settings, RuntimeConfig)
+    specs, _ = _grid(settings, everything=True)
+    if isinstance(settings.get("tokens"), str):
+        settings["tokens"] = parse_integers(settings["tokens"])
+    measure = take(settings, BenchConfig)
+    model = resolve_run({"dataset": "fake", **settings}).model
+    if show_config:
+        _show_config([{**dataclasses.asdict(model), **dataclasses.asdict(measure), "attention": specs}])
+        return
+    if dry_run:
+        lines = [f"bench {spec} at {tokens} tokens" for tokens in measure.tokens for spec in specs]
+        output.show(lines, "\n".join(lines))
+        return
+    from vitcmp.workflows import bench as workflow
+
+    cells = workflow.cells_of(specs, model, measure)
+    with _bar("bench", len(cells)) as advance:
+        records = workflow.run(cells, runtime, listen=lambda event: advance(event["done"]))
+    columns = [
+        "attention",
+        "tokens",
+        "status",
+        "latency ms",
+        "IQR",
+        "images/s",
+        "memory MiB",
+        "MACs M",
+        "of attention M",
+    ]
+    rows = [
+        [r.config["attention"], str(r.config["tokens"]), r.status,
+         *(_number(r.metrics.get(name), factor) for name, factor in (
+             ("latency_ms", 1), ("latency_iqr_ms", 1), ("throughput_img_s", 1), ("peak_memory_mib", 1),
+             ("macs_g", 1000), ("attention_macs_g", 1000)))]
+        for r in records
+    ]  # fmt: skip
+    first = records[0]
+    title = (f"{measure.mode}, one {measure.level}, batch {measure.batch_size}, "
+             f"{first.metrics.get('precision_used', measure.precision)}, {first.hardware['cpu']}, "
+             f"{first.hardware['threads']} threads, median of {measure.rounds}")  # fmt: skip
+    cells_out = [{"attention": r.config["attention"], "tokens": r.config["tokens"], "status": r.status, **r.metrics}
+                 for r in records]  # fmt: skip
+    output.show({"cells": cells_out}, _table(columns, rows, title))
+    for record in records:
+        for note in [*record.warnings, *filter(None, [record.error])]:
+            output.say(f"{record.config['attention']} at {record.config['tokens']} tokens: {note}")
+    if any(record.status != "ok" for record in records):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel="Show")
+@options(RuntimeConfig, without=TRAINING_ONLY)
+def visualize(
+    given: dict[str, Any],
+    runs: Annotated[list[str], typer.Argument(help="Runs or checkpoint files; several are set side by side.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Draw on this picture; repeat it for several.")] = None,
+    index: Annotated[int, typer.Option(help="Without --image: which test image, from 0.")] = 0,
+    what: Annotated[
+        str, typer.Option(help="maps, rollout, gradcam, profiles, samples, curves, confusion or all; comma-separated.")
+    ] = "all",
+    out_dir: OutOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Draw attention maps, rollout, Grad-CAM, learning curves, a sheet of samples."""
+    from vitcmp.workflows.visualize import run as workflow
+
+    runtime = _runtime(given, config)
+    pictures = workflow(
+        runs, runtime.results, runtime.data_dir, runtime.device, out_dir, image or (), index, what.split(",")
+    )
+    for note in pictures.notes:
+        output.say(note)
+    output.show({"paths": pictures.paths, "notes": pictures.notes}, "\n".join(map(str, pictures.paths)))
+
+
+@app.command(rich_help_panel="Show")
+@options(RuntimeConfig, without=TRAINING_ONLY)
+def report(
+    given: dict[str, Any],
+    formats: Annotated[str, typer.Option("--format", help="md, csv, tex, html or all; comma-separated.")] = "md,csv",
+    out_dir: OutOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Write tables and plots of everything in the store."""
+    from vitcmp.render.tables import to_rich
+    from vitcmp.workflows.report import run as workflow
+
+    written = workflow(_runtime(given, config).results, out_dir, formats.split(","))
+    for note in written.notes:
+        output.say(note)
+
+    def tell() -> None:
+        for comparison in written.comparisons:
+            out.print(to_rich(comparison.table, comparison.title, comparison.notes))
+        out.print("\n".join(map(str, written.paths)), highlight=False, soft_wrap=True)
+
+    tables = [
+        {"title": c.title, "notes": c.notes, "rows": json.loads(c.table.to_json(orient="records"))}
+        for c in written.comparisons
+    ]
+    output.show({"comparisons": tables, "paths": written.paths, "notes": written.notes}, tell)
+
+
+@app.command(rich_help_panel="Work")
+@options(*RUN, RuntimeConfig, without="attention seed")
+def compare(
+    given: dict[str, Any],
+    study: Annotated[Path | None, typer.Argument(help="YAML file of settings, with attention and seeds.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The main mechanisms on digits, two seeds.")] = False,
+    attention_specs: AttentionOption = None,
+    seeds: SeedsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Do finished cells again.")] = False,
+    config: ConfigOption = None,
+    show_config: ShowConfigOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Run a whole study: train every mechanism with every seed, bench, report, visualize."""
+    if study is not None and config is not None:
+        raise UserError(f"give the study once: '{study}' or --config '{config}'")
+    settings = _settings(given, attention_specs, seeds, study or config, sections={"bench": BenchConfig})
+    from vitcmp.workflows import compare as workflow
+
+    if quick:
+        settings = {**workflow.QUICK, **settings}
+    measured = settings.pop("bench", {})
+    runtime = take(settings, RuntimeConfig)
+    specs, numbers = _grid(settings, everything=True)
+    cells = workflow.plan(specs, numbers, settings, runtime, force)
+    if show_config:
+        _show_config([cell.config.flat() for cell in cells])
+        return
+    if dry_run:
+        output.show([cell.text for cell in cells], "\n".join(cell.text for cell in cells))
+        return
+    with _study_progress() as listen:
+        finished = workflow.run(cells, take(measured, BenchConfig), runtime, force, listen)
+    _tell_study(finished)
+    if finished.failed:
+        raise typer.Exit(1)
+
+
+def _tell_study(study: Study) -> None:
+    from vitcmp.render.tables import to_rich
+
+    assert study.report is not None
+    written = study.report
+    for note in [*study.notes, *written.notes]:
+        output.say(note)
+    if study.skipped:
+        output.say(f"{study.skipped} finished cells were not done again (--force does)")
+
+    def tell() -> None:
+        for comparison in written.comparisons[:1]:
+            out.print(to_rich(comparison.table, comparison.title, comparison.notes))
+        out.print("\n".join(map(str, [*written.paths, *study.pictures])), highlight=False, soft_wrap=True)
+
+    records = [record.model_dump() for record in study.records]
+    output.show({"records": records, "failed": study.failed, "paths": [*written.paths, *study.pictures]}, tell)
+
+
+@app.command("list", rich_help_panel="Look up")
+def list_mechanisms() -> None:
+    """The mechanisms, with paper, cost and options."""
+    mechanisms = [attention.load(name) for name in attention.available()]
+    rows, values = [], []
+    for m in mechanisms:
+        fields = dataclasses.fields(m.config)
+        texts = help_texts(type(m.config))
+        values.append({
+            "name": m.name, "summary": m.summary, "paper": m.paper, "cost": m.cost, "has_map": m.has_map,
+            "approximates": m.approximates, "row_stochastic": m.row_stochastic,
+            "options": {f.name: {"default": f.default, "help": texts.get(f.name, "")} for f in fields},
+        })  # fmt: skip
+        facts = [f"map: {'yes' if m.has_map else 'no'}"]
+        facts += [f"approximates {m.approximates}"] if m.approximates else ["exact"]
+        described = "\n".join(f"[bold]{f.name}[/bold]={f.default}  {texts.get(f.name, '')}" for f in fields)
+        rows.append([f"[bold]{m.name}[/bold]", f"{m.summary}\n{m.cost}; {', '.join(facts)}\n{m.paper}", described])
+    output.show(values, _table(["mechanism", "what it is", "options"], rows, lines=True, markup=True))
+
+
+@app.command(rich_help_panel="Look up")
+@options(RuntimeConfig, without=TRAINING_ONLY)
+def runs(
+    given: dict[str, Any],
+    action: Annotated[str, typer.Argument(help="list, show or rm.")] = "list",
+    run: Annotated[str | None, typer.Argument(help="The run, for show and rm.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """List the runs in the results folder, show one, or remove one's files."""
+    from vitcmp.configs import choose
+    from vitcmp.workflows import runs as workflow
+
+    choose(action, ("list", "show", "rm"), "action")
+    results = _runtime(given, config).results
+    if action == "list":
+        rows = workflow.overview(results)
+        columns = ["run", "status", "attention", "dataset", "seed", "epochs", "top1_pct"]
+        text = [[_cell(row[column]) for column in columns] for row in rows]
+        output.show(rows, _table(columns, text) if rows else f"no runs in {results}; `vitcmp train` makes one")
+        return
+    if run is None:
+        raise UserError(f"`vitcmp runs {action}` needs a run; `vitcmp runs` lists them")
+    if action == "show":
+        shown = workflow.show(results, run)
+        output.show(shown, json.dumps(shown, indent=2, default=_plain))
+    else:
+        folder = workflow.remove(results, run)
+        output.show({"removed": folder}, f"removed {folder}; its record stays in the store")
+
+
+@app.command(rich_help_panel="Look up")
+@options(RuntimeConfig, without=TRAINING_ONLY)
+def doctor(given: dict[str, Any], config: ConfigOption = None) -> None:
+    """What this machine has, and what to install."""
+    from vitcmp.workflows.doctor import run as workflow
+
+    facts = workflow(_runtime(given, config))
+    output.show(facts, _table(["what", "found"], [[name, text] for name, text in facts.items()]))
+
+
+def _settings(
+    given: dict[str, Any],
+    specs: list[str] | None,
+    seeds: str | None,
+    file: Path | None,
+    *classes: type[Any],
+    sections: dict[str, type[Any]] | None = None,
 ) -> dict[str, Any]:
     """File, global options and command line in one flat mapping; the later wins."""
-    settings = {**read_yaml(file), **common, **given}
+    settings = read_yaml(file, *(classes or RUN), RuntimeConfig, GridConfig, sections=sections)
+    settings |= {**everywhere, **given}
     if specs:
         settings["attention"] = specs
     if seeds is not None:
@@ -224,55 +519,163 @@ def settings_of(
     return settings
 
 
-def read_yaml(path: Path | None) -> dict[str, Any]:
-    """A YAML file of settings with the right types.
+def _runtime(given: dict[str, Any], file: Path | None) -> RuntimeConfig:
+    """For commands that need to know no more than where things are; the rest of a file is not for them."""
+    return take(only(_settings(given, None, None, file), RuntimeConfig), RuntimeConfig)
 
-    Raises: UserError for a missing file, YAML that does not parse, unknown names and wrong types.
-    """
-    if path is None:
-        return {}
+
+def _grid(settings: dict[str, Any], everything: bool = False) -> tuple[list[str], list[int]]:
+    """Take mechanisms (canonical, each once) and seeds out of `settings`; none given: softmax, or everything."""
+    own = PRESETS.get(settings.get("preset", ""), {}).get("attention", GridConfig.attention)
+    named = settings.pop("attention", "all" if everything else own)
+    named = [named] if isinstance(named, str) else list(named)
+    seeds = settings.pop("seeds", settings.pop("seed", 0))
+    numbers = parse_integers(seeds) if isinstance(seeds, str) else (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    specs = attention.available() if "all" in named else named
+    return list(dict.fromkeys(attention.canonical(spec) for spec in specs)), list(numbers)
+
+
+def _show_config(configs: list[dict[str, Any]]) -> None:
     import yaml
 
-    from vitcmp.configs import typed
+    text = "---\n".join(yaml.safe_dump(json.loads(json.dumps(c, default=_plain)), sort_keys=False) for c in configs)
+    output.show(configs, text.rstrip())
 
+
+@contextmanager
+def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What listens to one training run: a bar on a terminal, a line an epoch elsewhere."""
+    with _live() as bar:
+        task = bar.add_task("", total=1.0, facts="")
+
+        def listen(event: dict[str, Any]) -> None:
+            kind = event["event"]
+            if kind == "start":
+                for note in event["notes"]:
+                    output.say(f"note: {note}")
+                output.say(f"run {event['run']}")
+            elif kind == "note":
+                output.say(event["text"])
+            elif kind == "step":
+                done = (event["epoch"] + event["done"]) / event["epochs"]
+                bar.update(task, completed=done, description=f"epoch {event['epoch'] + 1}/{event['epochs']}",
+                           facts=_step_facts(event))  # fmt: skip
+            elif kind == "epoch" and not bar.live.is_started:
+                output.say(_epoch_line(event))
+
+        yield listen
+
+
+@contextmanager
+def _study_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What listens to a study: one line, with the time left over all its training cells."""
+    with _live() as bar:
+        task = bar.add_task("", total=1.0, facts="")
+        place = {"number": 0, "total": 1, "text": ""}
+
+        def listen(event: dict[str, Any]) -> None:
+            kind = event["event"]
+            if kind == "cell":
+                place.update(event)
+                text = f"{event['number'] + 1}/{event['total']} {event['text']}"
+                bar.update(task, completed=event["number"] / event["total"], description=text, facts="")
+                if not bar.live.is_started:
+                    output.say(text)
+            elif kind == "step":
+                done = (event["epoch"] + event["done"]) / event["epochs"]
+                bar.update(task, completed=(place["number"] + done) / place["total"], facts=_step_facts(event))
+            elif kind == "stage":
+                bar.update(task, completed=1.0, description=event["text"], facts="")
+                if not bar.live.is_started:
+                    output.say(event["text"])
+            elif kind == "note":
+                output.say(event["text"])
+
+        yield listen
+
+
+def _live() -> Progress:
+    """A progress bar on stderr, on a terminal only."""
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=err, transient=True, disable=output.quiet or not err.is_terminal,
+    )  # fmt: skip
+
+
+def _step_facts(event: dict[str, Any]) -> str:
+    return f"loss {event['loss']:.3f}  top-1 {event['top1_pct']:.1f} %  {event['throughput_img_s']:,.0f} images/s"
+
+
+def _epoch_line(event: dict[str, Any]) -> str:
+    return (
+        f"epoch {event['epoch']}/{event['epochs']}: loss {event['train_loss']:.3f}, "
+        f"validation {event['validation_top1_pct']:.2f} %, {event['images'] / event['train_seconds']:,.0f} images/s"
+    )
+
+
+@contextmanager
+def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A plain bar over a known number of things."""
+    with _live() as bar:
+        task = bar.add_task(text, total=total, facts="")
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _table(
+    columns: Sequence[str], rows: list[list[str]], title: str = "", lines: bool = False, markup: bool = False
+) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", show_lines=lines)
+    for place, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[place]) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if markup else escape(cell) for cell in row))
+    return table
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "", 1).replace("-", "", 1).isdigit() or text in ("", "–")
+
+
+def _number(value: float | None, factor: float = 1) -> str:
+    if value is None:
+        return "–"
+    value *= factor
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit codes: 0 ok, 1 some cells failed, 2 bad input, 130 and 143 interrupted."""
+    signal.signal(signal.SIGTERM, _terminated)
+    warnings.showwarning = lambda message, *rest: output.say(f"warning: {message}")
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read '{path}' ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"{path} must hold settings, a line each, such as `epochs: 20`")
-    settings: dict[str, Any] = {name.replace("-", "_"): value for name, value in content.items()}
-    plain = {name: value for name, value in settings.items() if name not in ("attention", "seeds")}
-    classes = (*RUN_OPTIONS, RuntimeConfig, BenchConfig)
-    try:
-        split(plain, *classes, strict=True)
-        for name, kind in (("attention", str), ("seeds", int)):
-            value = settings.get(name, [])
-            values = value if isinstance(value, list) else [value]
-            if not all(isinstance(v, kind) and not isinstance(v, bool) or (name == "seeds" and isinstance(v, str)) for v in values):
-                raise UserError(f"{name}: {value!r} must be {kind.__name__} or a list of them")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    del typed
-    return settings
+        code = app(standalone_mode=False)
+    except (UserError, attention.AttentionError) as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        err.print("interrupted; finished records are safe, and `vitcmp train --resume RUN` goes on", highlight=False)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def runtime_of(settings: dict[str, Any]) -> RuntimeConfig:
-    """Take the settings of RuntimeConfig out of `settings`."""
-    names = {f.name for f in dataclasses.fields(RuntimeConfig)}
-    (runtime,) = split({name: settings.pop(name) for name in list(settings) if name in names}, RuntimeConfig)
-    return runtime
-
-
-def grid_of(settings: dict[str, Any], default: tuple[str, ...] = (ModelConfig.attention,)) -> tuple[list[str], list[int]]:
-    """Take mechanisms (canonical, each once) and seeds out of `settings`."""
-    named = settings.pop("attention", None) or list(default)
-    named = [named] if isinstance(named, str) else named
-    specs = attention.available() if "all" in named else named
-    seeds = settings.pop("seeds", settings.pop("seed", 0))
-    seeds = seeds if isinstance(seeds, list) else parse_integers(str(seeds))
-    return list(dict.fromkeys(attention.canonical(spec) for spec in specs)), list(seeds)
+def _fail(message: str) -> NoReturn:
+    err.print(f"vitcmp: {' '.join(message.split())}", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(2)

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -19,9 +20,7 @@ class UserError(ValueError):
     """Bad input. The command line prints it as one line, which names the remedy, and exits with 2."""
 
 
-def _check(
-    config: object, positive: str = "", not_negative: str = "", fraction: str = "", below_one: str = ""
-) -> None:
+def _check(config: object, positive: str = "", not_negative: str = "", fraction: str = "", below_one: str = "") -> None:
     """Raise UserError where a number is out of range; each argument is a list of field names."""
     for names, holds, wanted in (
         (positive, lambda x: x > 0, "must be above 0"),
@@ -31,7 +30,7 @@ def _check(
     ):
         for name in names.split():
             value = getattr(config, name)
-            if isinstance(value, int | float) and not holds(value):
+            if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
                 raise UserError(f"{name} ({value}) {wanted}")
 
 
@@ -75,8 +74,8 @@ class ModelConfig:
     """Dropout of attention weights; an error for a mechanism that has none."""
     drop_path: float = 0.0
     """Stochastic depth: the last block's probability of being skipped (rising linearly from 0)."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights of the linear layers (truncated normal)."""
+    init_std: float | Literal["auto"] = "auto"
+    """Standard deviation of the linear layers' initial weights (truncated normal); auto: 1 / sqrt(2 inputs)."""
 
     def __post_init__(self) -> None:
         _check(
@@ -299,14 +298,12 @@ PRESETS["vitx"] = {**PRESETS["vitl"], "stem": "conv"}
 
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "strong": dict(
-        rand_augment=2, random_erasing=0.25, mixup=0.2, cutmix=1.0, drop_path=0.1, ema=0.998
-    ),
+    "strong": dict(rand_augment=2, random_erasing=0.25, mixup=0.2, cutmix=1.0, drop_path=0.1, ema=0.998),
 }
 
 DATASETS: dict[str, dict[str, Any]] = {
     "digits": dict(
-        image_size=8, channels=1, num_classes=10, preset="tiny", epochs=15, batch_size=64, lr=3e-3, flip=False
+        image_size=8, channels=1, num_classes=10, preset="tiny", epochs=20, batch_size=64, lr=3e-3, flip=False
     ),
     "mnist": dict(image_size=28, channels=1, num_classes=10, epochs=5, flip=False),
     "fashion-mnist": dict(image_size=28, channels=1, num_classes=10, epochs=10, flip=False),
@@ -363,9 +360,7 @@ def split(values: Mapping[str, Any], *classes: type[Any], strict: bool = False) 
     fields = {f.name: cls for cls in classes for f in dataclasses.fields(cls)}
     for name in values:
         choose(name, fields, "setting")
-    return [
-        cls(**typed({k: v for k, v in values.items() if fields[k] is cls}, cls, strict=strict)) for cls in classes
-    ]
+    return [cls(**typed({k: v for k, v in values.items() if fields[k] is cls}, cls, strict=strict)) for cls in classes]
 
 
 def typed(values: Mapping[str, Any], cls: type[Any], strict: bool = False) -> dict[str, Any]:
@@ -391,8 +386,11 @@ def help_texts(cls: type[Any]) -> dict[str, str]:
     return {
         a.target.id: b.value.value
         for a, b in zip(body.body, body.body[1:], strict=False)
-        if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
-        and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)
+        if isinstance(a, ast.AnnAssign)
+        and isinstance(a.target, ast.Name)
+        and isinstance(b, ast.Expr)
+        and isinstance(b.value, ast.Constant)
+        and isinstance(b.value.value, str)
     }
 
 

@@ -60,12 +60,17 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str, panel: str) -> 
     if default not in (None, False, ""):
         text += f" [dim]\\[default: {default}][/dim]"
     choices = [choice for t in members if get_origin(t) is Literal for choice in get_args(t)]
-    metavar = "|".join(choices) if choices and len(members) == 1 else None
+    shown = {int: "N", float: "X", str: "TEXT"}
+    metavar = "|".join([*(shown[t] for t in members if t in shown and t is not bool), *choices]) or None
     return Annotated[kind | None, typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)]
 
 
-def read_yaml(path: Path | None, *classes: type[Any]) -> dict[str, Any]:
+def read_yaml(
+    path: Path | None, *classes: type[Any], sections: Mapping[str, type[Any]] | None = None
+) -> dict[str, Any]:
     """The settings in a YAML file, checked against the fields of `classes`; no file, no settings.
+
+    `sections` names mappings inside the file, each checked against a class of its own.
 
     Raises: UserError for a missing file, YAML that does not parse, unknown names and wrong types.
     """
@@ -84,7 +89,13 @@ def read_yaml(path: Path | None, *classes: type[Any]) -> dict[str, Any]:
         raise UserError(f"{path} must hold settings, a line each, such as `epochs: 20`")
     settings = {name.replace("-", "_"): value for name, value in content.items()}
     try:
-        split(settings, *classes, strict=True)
+        plain = dict(settings)
+        for name, cls in (sections or {}).items():
+            section = plain.pop(name, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{name} must hold settings of its own, indented")
+            split(section, cls, strict=True)
+        split(plain, *classes, strict=True)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return settings

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vitcmp.configs import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 
 class StoreWarning(UserWarning):
@@ -122,7 +122,7 @@ def load(results: str | Path = "results") -> pd.DataFrame:
 load_records = load
 
 
-def cell_key(kind: Literal["train", "bench"], config: Mapping[str, Any], *others: Any) -> str:
+def cell_key(kind: Literal["train", "eval", "bench"], config: Mapping[str, Any], *others: Any) -> str:
     """16 hex digits of a configuration, the code that computes, and whatever else defines a cell."""
     text = json.dumps([kind, config, _code_digest(kind), others], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -133,6 +133,7 @@ def _code_digest(kind: str) -> str:
     root = Path(__file__).parent
     files = [root / "configs.py", root / "workflows" / f"{kind}.py"]
     files += [file for part in ("attention", "models", "data", "metrics") for file in (root / part).rglob("*.py")]
+    files = [file for file in files if file.name not in ("pictures.py", "interpret.py")]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())
@@ -206,7 +207,7 @@ def append_log(run: Path, line: Mapping[str, Any]) -> None:
 
 
 def find_run(results: str | Path, name: str) -> Path:
-    """The folder of a run, by path, id, the only id that begins so, or the name it was given (the newest).
+    """The folder of a run, by path, by id, or by the beginning of one id only.
 
     Raises: UserError where there is none, or several.
     """

@@ -38,9 +38,7 @@ def test_relevance_picks_the_class_tokens_row_or_the_patches_mean():
 def test_entropy_of_one_and_of_all_alike():
     identity = torch.eye(8).expand(2, 3, 8, 8)
     uniform = torch.full((2, 3, 8, 8), 1 / 8)
-    torch.testing.assert_close(
-        interpret.entropy([identity, uniform]), torch.tensor([[0.0] * 3, [math.log(8)] * 3])
-    )
+    torch.testing.assert_close(interpret.entropy([identity, uniform]), torch.tensor([[0.0] * 3, [math.log(8)] * 3]))
 
 
 def test_zero_share_counts_exact_zeros_a_head():

@@ -115,9 +115,7 @@ def load(spec: str) -> Mechanism:
     module = _module(name)
     config = module.Config(**_options(module.Config, name, options))
     changed = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if getattr(config, f.name) != f.default
+        f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default
     }
     name = name if name.endswith(".py") else name.replace("_", "-")
     text = ",".join(f"{key}={changed[key]}" for key in sorted(changed))
@@ -147,7 +145,8 @@ def _file(path: Path) -> ModuleType:
     name = f"vitcmp_mechanism_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     if name not in sys.modules:
         specification = importlib.util.spec_from_file_location(name, path)
-        assert specification is not None and specification.loader is not None
+        assert specification is not None
+        assert specification.loader is not None
         module = importlib.util.module_from_spec(specification)
         sys.modules[name] = module
         try:

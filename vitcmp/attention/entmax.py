@@ -1,6 +1,6 @@
 """alpha-entmax attention: softmax's sparse relatives, which give exact zeros.
 
-    A = entmax_alpha(q k^T / sqrt(K)),   p_i = [(alpha - 1) z_i - tau]_+ ^ (1 / (alpha - 1)) with tau such that sum p = 1
+    A = entmax_alpha(q k^T / sqrt(K)),   p_i = [(alpha - 1) z_i - tau]_+ ^ (1 / (alpha - 1)), tau such that sum p = 1
 
 alpha = 1 is softmax, alpha = 2 is sparsemax; between them, the larger alpha, the sparser (Peters, Niculae and
 Martins, 2019, equation 8). The threshold is found by the `entmax` package: by sorting for 1.5 and 2, by bisection

@@ -70,7 +70,7 @@ class PerformerAttention(nn.Module):
 
     def _draw(self) -> None:
         generator = torch.Generator().manual_seed((int(self.seed) + int(self.num_steps)) % 2**63)
-        self.projection.copy_(orthogonal_gaussian(*self.projection.shape, generator))
+        self.projection.copy_(orthogonal_gaussian(len(self.projection), self.projection.shape[1], generator))
 
     def _features(self, x: Tensor, max_over: tuple[int, ...]) -> Tensor:
         """phi of q or k, [B, H, N, m], in fp32 at least."""

@@ -6,7 +6,7 @@ Every random choice comes from a generator on the CPU, so that the same seed giv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,12 +32,15 @@ class Batch:
 class Normalise:
     """uint8 (or 0..255 float) images to float with mean 0 and standard deviation 1, resized if need be."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], image_hw: tuple[int, int], device: torch.device):
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], image_hw: tuple[int, int], device: torch.device
+    ) -> None:
         self.scale = (1 / (255 * torch.tensor(std))).view(-1, 1, 1).to(device)
         self.shift = (torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1).to(device)
         self.image_hw = image_hw
 
     def __call__(self, images: Tensor) -> Tensor:
+        """[B, C, any, any] to [B, C, height, width]."""
         x = images.float() if images.dtype == torch.uint8 else images
         if x.shape[-2:] != self.image_hw:
             x = F.interpolate(x, self.image_hw, mode="bilinear", antialias=True, align_corners=False)
@@ -51,7 +54,8 @@ class TrainPipeline:
     """
 
     def __init__(self, split: Split, config: AugmentConfig, normalise: Normalise, device: torch.device) -> None:
-        assert isinstance(config.crop_padding, int) and isinstance(config.flip, bool)
+        assert isinstance(config.crop_padding, int)
+        assert isinstance(config.flip, bool)
         self.config, self.normalise, self.device = config, normalise, device
         self.padding = config.crop_padding
         self.height, self.width = split.images.shape[-2:]
@@ -177,7 +181,7 @@ def _affine(images: Tensor, matrix: Tensor) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def _matrix(sign: Tensor, entries: dict[tuple[int, int], Tensor | float]) -> Tensor:
+def _matrix(sign: Tensor, entries: Mapping[tuple[int, int], Tensor | float]) -> Tensor:
     matrix = torch.eye(2, 3, device=sign.device).repeat(len(sign), 1, 1)
     for (row, column), value in entries.items():
         matrix[:, row, column] = value
@@ -230,7 +234,7 @@ def cutmix(images: Tensor, partner: Tensor, share: float, generator: Generator) 
     Returns the exact share that is left of each image.
     """
     side = torch.tensor([math.sqrt(1 - share)])
-    inside = _rectangles(side, side, *images.shape[-2:], generator).to(images.device)
+    inside = _rectangles(side, side, images.shape[-2], images.shape[-1], generator).to(images.device)
     images.copy_(torch.where(inside, images[partner], images))
     return 1 - inside.float().mean().item()
 

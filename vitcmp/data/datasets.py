@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -311,7 +311,7 @@ def _members(archive: Path, packed: bytes, folder: str, wanted: list[str]) -> di
 class _ArraysOnly(pickle.Unpickler):
     """Reads numpy arrays, lists, dicts, numbers and bytes, and nothing that could run code."""
 
-    _ALLOWED = {
+    _ALLOWED: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"),
         ("numpy._core.multiarray", "_reconstruct"),
         ("numpy", "ndarray"),

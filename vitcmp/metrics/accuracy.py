@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
+
+from vitcmp import store
 
 Array = np.ndarray
 
@@ -71,3 +74,13 @@ def per_class(logits: Array, labels: Array) -> tuple[list[float | None], list[li
     totals = matrix.sum(axis=1)
     shares = [float(matrix[i, i] / n * 100) if n else None for i, n in enumerate(totals)]
     return shares, matrix.tolist()
+
+
+def save_predictions(path: Path, logits: Array, labels: Array) -> None:
+    """Logits and label of every image, in the data set's order; whole, or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, logits=logits, labels=labels, predicted=logits.argmax(axis=1))
+
+    store.write_atomic(path, write)

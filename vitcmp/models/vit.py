@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class PatchEmbedding(nn.Module):
         if stem != "linear":
             widths = (channels, dim // 4, dim // 2, dim)
             layers: list[nn.Module] = []
-            for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+            for i, (before, after) in enumerate(pairwise(widths)):
                 layers += [nn.ReLU()] if i and stem == "conv-relu" else []
                 layers += [nn.Conv2d(before, after, kernel_size=3, padding=1)]
             self.stem = nn.Sequential(*layers)
@@ -68,9 +69,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = mixer
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim))
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
@@ -140,7 +139,7 @@ class ViT(nn.Module):
             if not attention.load(spec).has_map:
                 raise UserError(f"{spec} has no attention map: its output is not one matrix times the values")
         queries_and_keys: list[tuple[Tensor, Tensor]] = []
-        cores = [block.attention.core for block in self.blocks]
+        cores: list[nn.Module] = [block.get_submodule("attention.core") for block in self.blocks]
         hooks = [core.register_forward_pre_hook(lambda _, x: queries_and_keys.append(x[:2])) for core in cores]
         try:
             logits = self(images)
@@ -150,26 +149,27 @@ class ViT(nn.Module):
         return logits, [attention_map(core, q, k) for core, (q, k) in zip(cores, queries_and_keys, strict=True)]
 
 
-def initialise(model: nn.Module, std: float, seed: int) -> None:
+def initialise(model: nn.Module, std: float | Literal["auto"], seed: int) -> None:
     """Set every parameter and random buffer from (seed, name).
 
-    Linear weights, positions and the class token: truncated normal of `std`; convolutions: of 1 / sqrt(fan-in), as
-    nothing between them restores the scale; biases 0. Norms and what a mechanism adds keep the values that they were
+    Linear weights: truncated normal of `std`, auto 1 / sqrt(2 fan-in), which at small widths learns far quicker than
+    the 0.02 of large ViTs; positions and the class token: of 0.02; convolutions: of 1 / sqrt(fan-in), as nothing
+    between them restores the scale; biases 0. Norms and what a mechanism adds keep the values that they were
     built with, except that linear layers inside a mechanism are treated like any other.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and name.startswith("patches."):
             _truncated_normal(f"{name}.weight", module.weight, module.weight[0].numel() ** -0.5, seed)
-            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            _truncated_normal(f"{name}.weight", module.weight, std, seed)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            width = (2 * module.in_features) ** -0.5 if std == "auto" else std
+            _truncated_normal(f"{name}.weight", module.weight, width, seed)
         elif hasattr(module, "reset_random_state"):
             module.reset_random_state(seed_of(seed, name))
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.zeros_(module.bias)
     for name in ("cls_token", "pos_embed"):
         if getattr(model, name, None) is not None:
-            _truncated_normal(name, getattr(model, name), std, seed)
+            _truncated_normal(name, getattr(model, name), 0.02, seed)
 
 
 def _truncated_normal(name: str, parameter: Tensor, std: float, seed: int) -> None:

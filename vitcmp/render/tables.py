@@ -23,7 +23,7 @@ from vitcmp.configs import ModelConfig, RunConfig
 
 Row = dict[str, Any]
 
-MISSING = "–"  # noqa: RUF001
+MISSING = "–"
 
 HEADINGS = {
     "attention": "Mechanism",

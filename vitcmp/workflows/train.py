@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,10 +29,11 @@ from vitcmp.data.datasets import Data, load_data
 from vitcmp.metrics import accuracy, complexity
 from vitcmp.metrics.inference import logits_of, micro_batch
 from vitcmp.metrics.memory import PeakMemory
-from vitcmp.models.checkpoint import RunInfo, load_info, save_weights
+from vitcmp.models.checkpoint import RunInfo, load_info, load_weights, save_weights
 from vitcmp.models.vit import ViT, seed_of
 
 Listener = Callable[[dict[str, Any]], None]
+Track = Callable[[str, float, int], None]
 
 
 class Diverged(Exception):
@@ -42,8 +43,8 @@ class Diverged(Exception):
 def train(results: str = RuntimeConfig.results, device: str = "auto", **settings: Any) -> store.Record:
     """Train from Python, with the settings of the command line.
 
-        >>> record = train(attention="performer", dataset="digits", epochs=15)
-        >>> record.metrics["top1_pct"]
+    >>> record = train(attention="performer", dataset="digits", epochs=15)
+    >>> record.metrics["top1_pct"]
     """
     return run(resolve_run(settings), RuntimeConfig(results=results, device=device))
 
@@ -85,6 +86,7 @@ def run(
         model = ViT(config.model, config.train.seed)
     notes = [*data.warnings, *dict.fromkeys(str(w.message) for w in caught)]
     key = run_key(config, data)
+    make_tracker = _tracker(runtime)
     folder = resume or new_folder(runtime, config, key)
     info = load_info(folder) if resume else RunInfo.of(folder.name, runtime.name, key, config, data)
     if resume and (info.key != key):
@@ -94,13 +96,15 @@ def run(
     listen({"event": "start", "run": str(folder), "notes": notes})
 
     memory = PeakMemory(device)
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"precision_used": machine.precision(config.train.precision, device)}
     status, error = "ok", None
     interruption: BaseException | None = None
     try:
-        _train_and_test(model, config, runtime, data, device, folder, info, listen, metrics)
+        _train_and_test(model, config, runtime, data, device, folder, info, listen, make_tracker(folder), metrics)
     except Diverged as reason:
         status, error = "diverged", str(reason)
+    except UserError:
+        raise
     except (KeyboardInterrupt, SystemExit) as reason:
         status, error, interruption = "interrupted", type(reason).__name__, reason
     except Exception as reason:
@@ -154,7 +158,7 @@ class _State:
     @property
     def evaluated(self) -> ViT:
         """The weights that are validated and tested."""
-        return self.ema.module if self.ema is not None else self.model
+        return cast(ViT, self.ema.module) if self.ema is not None else self.model
 
     def save(self, path: Path) -> None:
         """Write everything; whole, or not at all."""
@@ -175,7 +179,8 @@ class _State:
             if self.ema is not None:
                 self.ema.load_state_dict(content["ema"])
         except Exception as error:
-            raise UserError(f"{path} cannot be resumed ({str(error).splitlines()[0]}); start the run anew") from None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} cannot be resumed ({reason}); start the run anew") from None
         self.epoch, self.best_top1_pct = content["epoch"], content["best_top1_pct"]
         self.best_epoch = content["best_epoch"]
 
@@ -192,13 +197,12 @@ class _EpochSums:
 
 def _train_and_test(
     model: ViT, config: RunConfig, runtime: RuntimeConfig, data: Data, device: torch.device,
-    folder: Path, info: RunInfo, listen: Listener, metrics: dict[str, Any],
+    folder: Path, info: RunInfo, listen: Listener, track: Track, metrics: dict[str, Any],
 ) -> None:  # fmt: skip
     """The run itself; fills `metrics` as it goes, so that a run which ends early keeps what it has."""
     c = config.train
     model.to(device)
     size = micro_batch(model, device, c.batch_size) if c.micro_batch == "auto" else min(c.micro_batch, c.batch_size)
-    precision = machine.precision(c.precision, device)
     # Where tensors are large, micro-batches do better than the allocator's settings, and the two do not add up.
     if device.type == "cpu" and size == c.batch_size:
         machine.keep_freed_memory()
@@ -208,7 +212,7 @@ def _train_and_test(
         "attention_macs_g": complexity.attention_macs(model) / 1e9,
         "macs_g": complexity.model_macs(model) / 1e9,
         "tokens": model.grid.num_tokens,
-        "precision_used": precision, "micro_batch_used": size, "compiled": compiled,
+        "micro_batch_used": size, "compiled": compiled,
     }  # fmt: skip
     normalise = Normalise(data.mean, data.std, config.model.image_hw, device)
     pipeline = TrainPipeline(data.train, config.augment, normalise, device)
@@ -216,8 +220,8 @@ def _train_and_test(
     state = _State(model, make_optimizer(model, c, device), ema)
     if (folder / "state.pt").exists():
         state.load(folder / "state.pt", device)
-    tracker = _tracker(runtime, folder)
-    step_model = torch.compile(model) if compiled else model
+    step_model = cast(nn.Module, torch.compile(model)) if compiled else model
+    counting = [module for module in model.modules() if hasattr(module, "after_optimizer_step")]
     steps_an_epoch = math.ceil(len(data.train) / c.batch_size)
     schedule = Schedule(c, steps_an_epoch)
 
@@ -230,10 +234,9 @@ def _train_and_test(
         start = time.perf_counter()
         for step, batch in enumerate(pipeline.epoch(c.batch_size, seed_of(c.seed, f"data {epoch}"))):
             lr = schedule.set_lr(state.optimizer, epoch * steps_an_epoch + step)
-            loss, correct = train_step(step_model, batch, state.optimizer, c, size, precision)
-            for module in model.modules():
-                if hasattr(module, "after_optimizer_step"):
-                    module.after_optimizer_step()
+            loss, correct = train_step(step_model, batch, state.optimizer, c, size, metrics["precision_used"])
+            for module in counting:
+                cast(Any, module).after_optimizer_step()
             if state.ema is not None:
                 state.ema.update_parameters(model)
             sums.loss += loss * len(batch.labels)
@@ -255,6 +258,10 @@ def _train_and_test(
         sums.seconds = time.perf_counter() - start
 
         logits = logits_of(state.evaluated, data.validation, normalise, device)
+        if not np.isfinite(logits).all():
+            raise Diverged(
+                f"the weights are not finite after epoch {epoch + 1}; lower --lr or lengthen --warmup-epochs"
+            )
         line = {
             "epoch": epoch + 1, "lr": lr,
             "train_loss": sums.loss.item() / sums.images,
@@ -273,7 +280,7 @@ def _train_and_test(
         store.append_log(folder, line)
         state.save(folder / "state.pt")
         for name, value in line.items():
-            tracker(name, value, state.epoch)
+            track(name, value, state.epoch)
         listen({"event": "epoch", "epochs": c.epochs, **line})
 
     save_weights(folder / "last.safetensors", state.evaluated, info)
@@ -321,8 +328,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[name.endswith("weight") and parameter.ndim >= 2].append(parameter)
-    decayed = [{"params": params, "weight_decay": config.weight_decay * is_matrix} for is_matrix, params in groups.items()]
-    return torch.optim.AdamW(decayed, lr=config.lr, fused=True)
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": config.weight_decay * decays} for decays, params in groups.items()],
+        lr=config.lr,
+        fused=True,
+    )
 
 
 class Schedule:
@@ -331,7 +341,8 @@ class Schedule:
     def __init__(self, config: TrainConfig, steps_an_epoch: int) -> None:
         self.config = config
         self.total = config.epochs * steps_an_epoch
-        self.warmup = min(int(config.warmup_epochs * steps_an_epoch), self.total - 1)
+        # Half of a short run at most, or it would end at the peak.
+        self.warmup = min(int(config.warmup_epochs * steps_an_epoch), self.total // 2)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -367,8 +378,6 @@ def _speed(log: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 def _test(folder: Path, data: Data, normalise: Normalise, device: torch.device) -> dict[str, Any]:
     """Accuracy of the best state on all three splits; the test images' predictions are kept."""
-    from vitcmp.models.checkpoint import load_weights
-
     model, _ = load_weights(folder / "model.safetensors")
     model.to(device)
     metrics = {}
@@ -376,18 +385,8 @@ def _test(folder: Path, data: Data, normalise: Normalise, device: torch.device) 
         logits = logits_of(model, part, normalise, device)
         metrics[f"{name}_top1_pct"] = accuracy.top_k_pct(logits, part.labels.numpy(), 1)
     logits, labels = logits_of(model, data.test, normalise, device), data.test.labels.numpy()
-    save_predictions(folder / "predictions.npz", logits, labels)
+    accuracy.save_predictions(folder / "predictions.npz", logits, labels)
     return metrics | accuracy.summary(logits, labels)
-
-
-def save_predictions(path: Path, logits: np.ndarray, labels: np.ndarray) -> None:
-    """Logits and label of every image, in the data set's order; whole, or not at all."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.savez(file, logits=logits, labels=labels, predicted=logits.argmax(axis=1))
-
-    store.write_atomic(path, write)
 
 
 def _status_of(error: Exception, model: nn.Module) -> str:
@@ -405,11 +404,12 @@ def _can_compile(device: torch.device, listen: Listener) -> bool:
     return False
 
 
-def _tracker(runtime: RuntimeConfig, folder: Path) -> Callable[[str, float, int], None]:
+def _tracker(runtime: RuntimeConfig) -> Callable[[Path], Track]:
+    """What makes a run's tracker from its folder: a function of (name, value, epoch)."""
     if runtime.tracker == "none":
-        return lambda name, value, epoch: None
+        return lambda folder: lambda name, value, epoch: None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tracker tensorboard needs TensorBoard: pip install 'vitcmp[track]'") from None
-    return SummaryWriter(str(folder / "tensorboard")).add_scalar
+    return lambda folder: SummaryWriter(str(folder / "tensorboard")).add_scalar

@@ -1,0 +1,187 @@
+"""Run a whole study: train every mechanism with every seed, bench, visualize, report.
+
+Each training cell runs in a process of its own, so that one that is killed costs no other. Finished cells are
+skipped, unfinished ones resumed, failed ones recorded and passed over.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vitcmp import machine, store
+from vitcmp.attention import AttentionError
+from vitcmp.configs import BenchConfig, RunConfig, RuntimeConfig, UserError, resolve_run
+from vitcmp.data.datasets import load_data
+from vitcmp.models.checkpoint import load_info
+from vitcmp.workflows import bench, report, train, visualize
+from vitcmp.workflows.train import Listener
+
+QUICK: dict[str, Any] = {
+    "dataset": "digits",
+    "attention": ["softmax", "linear", "performer", "entmax"],
+    "seeds": "0-1",
+}
+
+
+@dataclass(frozen=True)
+class TrainCell:
+    """One mechanism and seed."""
+
+    config: RunConfig
+    key: str
+    finished: bool = False
+    unfinished: Path | None = None
+    """The folder of a run of this cell that was stopped."""
+
+    @property
+    def text(self) -> str:
+        """For a person."""
+        state = "finished" if self.finished else f"resume {self.unfinished.name}" if self.unfinished else "to do"
+        return (
+            f"train {self.config.model.attention} on {self.config.data.dataset}, seed {self.config.train.seed}: {state}"
+        )
+
+
+@dataclass
+class Study:
+    """What a study left."""
+
+    records: list[store.Record] = field(default_factory=list)
+    """Of the cells that were run now; finished ones are in the store already."""
+    skipped: int = 0
+    failed: int = 0
+    report: report.Report | None = None
+    pictures: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan(
+    specs: Sequence[str], seeds: Sequence[int], settings: Mapping[str, Any], runtime: RuntimeConfig, force: bool
+) -> list[TrainCell]:
+    """The training cells, seed by seed, so that a study that is cut short has compared all mechanisms.
+
+    Raises: UserError or AttentionError for settings that do not fit.
+    """
+    configs = [resolve_run({**settings, "attention": spec, "seed": seed}) for seed in seeds for spec in specs]
+    data = load_data(configs[0].data, runtime.data_dir)
+    records = store.read(runtime.results)
+    done = {r.key for r in records if r.kind == "train" and r.status == "ok"}
+    finished_ids = {r.id for r in records}
+    stopped = {}
+    for state in sorted((Path(runtime.results) / "runs").glob("*/state.pt")):
+        if state.parent.name not in finished_ids:
+            stopped[load_info(state.parent).key] = state.parent
+    cells = []
+    for config in map(train.canonical, configs):
+        key = train.run_key(config, data)
+        cells.append(TrainCell(config, key, not force and key in done, None if force else stopped.get(key)))
+    return cells
+
+
+def run(
+    cells: Sequence[TrainCell],
+    measure: BenchConfig,
+    runtime: RuntimeConfig,
+    force: bool = False,
+    listen: Listener = lambda event: None,
+) -> Study:
+    """Do what is to do, then bench every mechanism, and write the report and the pictures."""
+    study = Study(skipped=sum(cell.finished for cell in cells))
+    to_do = [cell for cell in cells if not cell.finished]
+    for number, cell in enumerate(to_do):
+        name = f"{cell.config.model.attention}, seed {cell.config.train.seed}"
+        listen({"event": "cell", "number": number, "total": len(to_do), "text": name})
+        record = _train_apart(cell, runtime, listen)
+        study.records.append(record)
+        if record.status != "ok":
+            listen({"event": "note", "text": f"{name}: {record.status} ({record.error})"})
+
+    specs = list(dict.fromkeys(str(cell.config.model.attention) for cell in cells))
+    model = cells[0].config.model
+    patch = model.patch
+    own = (model.image_hw[0] // patch) * (model.image_hw[1] // patch)
+    as_trained = replace(measure, level="model", tokens=(own,), precision=cells[0].config.train.precision)
+    measured = bench.cells_of(specs, model, as_trained) + bench.cells_of(specs, model, measure)
+    listen({"event": "stage", "text": f"benching {len(measured)} cells"})
+    study.records += bench.run(measured, runtime, force=force)
+    study.failed = sum(record.status != "ok" for record in study.records)
+
+    listen({"event": "stage", "text": "drawing"})
+    study.report = report.run(runtime.results)
+    newest = {record.key: record.id for record in store.read(runtime.results) if record.status == "ok"}
+    first: dict[str, str] = {}
+    for cell in cells:
+        if cell.key in newest:
+            first.setdefault(str(cell.config.model.attention), newest[cell.key])
+    if first:
+        pictures = visualize.run(
+            list(first.values()), runtime.results, runtime.data_dir, runtime.device, None, what=["all"]
+        )
+        study.pictures, study.notes = pictures.paths, pictures.notes
+    return study
+
+
+def _train_apart(cell: TrainCell, runtime: RuntimeConfig, listen: Listener) -> store.Record:
+    """Train in a child process; if it dies without a record, the record says so."""
+    context: Any = multiprocessing.get_context("forkserver" if _can_fork(runtime) else "spawn")
+    if context.get_start_method() == "forkserver":
+        # The server has imported torch and computed nothing: a fork of it starts in milliseconds.
+        context.set_forkserver_preload([__name__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(cell.config, runtime, cell.unfinished, sender))
+    process.start()
+    sender.close()
+    reason = "failed"
+    try:
+        while True:
+            event = receiver.recv()
+            if event["event"] == "record":
+                process.join()
+                return store.Record.model_validate(event["record"])
+            if event["event"] == "error":
+                reason = event["text"]
+            listen(event)
+    except EOFError:
+        process.join()
+        if process.exitcode and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            reason = f"the process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    except (KeyboardInterrupt, SystemExit):
+        # A Ctrl-C reached the child too; either way it writes its own record before it ends.
+        process.terminate()
+        process.join()
+        raise
+    record = store.new_record(
+        kind="train", status="failed", key=cell.key, config={**cell.config.flat(), "name": runtime.name},
+        hardware=machine.hardware(machine.pick_device(runtime.device)), versions=machine.versions(),
+        commit=machine.commit(), error=reason,
+    )  # fmt: skip
+    store.append(runtime.results, record)
+    return record
+
+
+def _can_fork(runtime: RuntimeConfig) -> bool:
+    on_cpu = machine.pick_device(runtime.device).type == "cpu"
+    return on_cpu and "forkserver" in multiprocessing.get_all_start_methods()
+
+
+def _child(config: RunConfig, runtime: RuntimeConfig, resume: Path | None, sender: Connection) -> None:
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        record = train.run(config, runtime, resume=resume, listen=sender.send)
+        sender.send({"event": "record", "record": record.model_dump()})
+    except (UserError, AttentionError) as error:
+        sender.send({"event": "error", "text": str(error)})
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)

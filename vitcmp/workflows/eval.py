@@ -1,0 +1,98 @@
+"""Evaluate a trained model: accuracy, calibration, per class, at other resolutions and on corrupted images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitcmp import machine, store
+from vitcmp.configs import DATASETS, RuntimeConfig, UserError, choose
+from vitcmp.data.augment import Normalise
+from vitcmp.data.corrupt import corrupt as corrupted
+from vitcmp.data.datasets import Split, load_data
+from vitcmp.metrics import accuracy
+from vitcmp.metrics.inference import logits_of
+from vitcmp.models.checkpoint import load_run
+from vitcmp.models.vit import resized
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    record: store.Record
+    class_names: tuple[str, ...]
+    class_top1_pct: list[float | None]
+    """Accuracy of each class; None for a class without images."""
+    confusion: list[list[int]]
+    """[true][predicted]."""
+    predictions: Path
+    """The file with every image's logits, label and prediction."""
+
+
+def run(
+    run: str,
+    runtime: RuntimeConfig,
+    dataset: str | None = None,
+    split: str = "test",
+    image_size: int | None = None,
+    corrupt: str | None = None,
+    severity: int = 3,
+) -> Evaluation:
+    """Evaluate a run or checkpoint, in fp32, and append a record; every image's prediction is kept beside the weights.
+
+    `dataset` may be another one with as many classes and channels.
+
+    Raises: UserError for no such run, or a data set, size or corruption that does not fit.
+    """
+    trained = load_run(run, runtime.results)
+    config = trained.info.run_config
+    if dataset is not None:
+        facts = DATASETS[choose(dataset, DATASETS, "dataset")]
+        for name in ("channels", "num_classes"):
+            if facts[name] != getattr(trained.model.config, name):
+                raise UserError(
+                    f"{dataset} has {facts[name]} {name}, but '{run}' was trained for "
+                    f"{getattr(trained.model.config, name)}; choose a data set that fits"
+                )
+        config = replace(config, data=replace(config.data, dataset=dataset))
+    choose(split, ("train", "validation", "test"), "split")
+    device = machine.pick_device(runtime.device)
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    model = trained.model if image_size is None else resized(trained.model, image_size)
+    data = load_data(config.data, runtime.data_dir)
+    part: Split = getattr(data, split)
+    if corrupt is not None:
+        part = Split(corrupted(part.images, corrupt, severity), part.labels)
+    info = trained.info
+    logits = logits_of(model.to(device), part, Normalise(info.mean, info.std, model.config.image_hw, device), device)
+    labels = part.labels.numpy()
+    class_top1_pct, confusion = accuracy.per_class(logits, labels)
+
+    asked: dict[str, Any] = {
+        "run": info.id, "dataset": config.data.dataset, "split": split, "image_size": model.config.image_hw[0],
+        "corrupt": corrupt, "severity": severity if corrupt else None,
+    }  # fmt: skip
+    metrics = {
+        "images": len(labels),
+        **accuracy.summary(logits, labels),
+        "class_top1_pct": class_top1_pct,
+        "confusion": confusion,
+    }
+    record = store.new_record(
+        kind="eval", status="ok", key=store.cell_key("eval", {**info.config, **asked}, data.digest),
+        config={**info.config, **asked}, hardware=machine.hardware(device), versions=machine.versions(),
+        commit=machine.commit(), metrics=metrics, warnings=list(data.warnings),
+    )  # fmt: skip
+    changes = [config.data.dataset, split, f"{model.config.image_hw[0]}px", f"{corrupt}{severity}" if corrupt else ""]
+    path = trained.folder / f"predictions-{'-'.join(filter(None, changes))}.npz"
+    try:
+        accuracy.save_predictions(path, logits, labels)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}' ({error.strerror}); free some space or make it writable") from None
+    store.append(runtime.results, record)
+    return Evaluation(record, info.class_names, class_top1_pct, confusion, path)
