@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -105,6 +104,15 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would 
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write to (default: in the results folder).")]
 
 
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        from vitcmp import machine
+
+        versions = {**machine.versions(), "vitcmp": __version__, "commit": machine.commit()}
+        out.print(", ".join(f"{name} {value}" for name, value in versions.items() if value), highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def global_options(
     results: Annotated[
@@ -116,15 +124,11 @@ def global_options(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Data as JSON on stdout, all else on stderr.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the versions and leave.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the versions and leave.", is_eager=True, callback=_show_versions)
+    ] = False,
 ) -> None:
     """Compare attention mechanisms in Vision Transformers: train, evaluate, benchmark, look inside, report."""
-    if version:
-        from vitcmp import machine
-
-        versions = {**machine.versions(), "vitcmp": __version__, "commit": machine.commit()}
-        out.print(", ".join(f"{name} {value}" for name, value in versions.items() if value), highlight=False)
-        raise typer.Exit
     output.json, output.quiet = as_json, quiet
     given = {"results": results, "device": device, "data_dir": data_dir}
     everywhere.clear()
@@ -598,7 +602,8 @@ def _live() -> Progress:
     """A progress bar on stderr, on a terminal only."""
     return Progress(
         TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=err, transient=True, disable=output.quiet or not err.is_terminal,
     )  # fmt: skip
 
@@ -656,6 +661,10 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else list(value)
 
 
+# The base of all of Typer's complaints; it has no public name that old and new versions share.
+_UsageMistake: Any = typer.BadParameter.__mro__[2]
+
+
 def _terminated(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
@@ -665,12 +674,12 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminated)
     warnings.showwarning = lambda message, *rest: output.say(f"warning: {message}")
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except (UserError, attention.AttentionError) as error:
         _fail(str(error))
-    except click.ClickException as error:
+    except _UsageMistake as error:
         _fail(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted; finished records are safe, and `vitcmp train --resume RUN` goes on", highlight=False)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)

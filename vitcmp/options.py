@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,8 +79,14 @@ def read_yaml(
         return {}
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 wants a dot and a sign in 1.0e-3, and would read 1e-3 as text."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader)
     except OSError as error:
         raise UserError(f"cannot read '{path}' ({error.strerror}); give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -179,8 +179,8 @@ class _State:
             if self.ema is not None:
                 self.ema.load_state_dict(content["ema"])
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path} cannot be resumed ({reason}); start the run anew") from None
+            name = type(error).__name__
+            raise UserError(f"{path} is damaged or of another model ({name}); start the run anew") from None
         self.epoch, self.best_top1_pct = content["epoch"], content["best_top1_pct"]
         self.best_epoch = content["best_epoch"]
 

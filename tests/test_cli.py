@@ -1,0 +1,208 @@
+"""The command line as a user meets it: real processes, exit codes, one line for a mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from vitcmp import cli, store
+from vitcmp.attention import AttentionError
+from vitcmp.configs import UserError
+
+TINY = ["--train-samples", "128", "--epochs", "1"]
+
+
+def vitcmp(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("VITCMP_RESULTS", "VITCMP_DATA")}
+    return subprocess.run(
+        [sys.executable, "-m", "vitcmp", *args], cwd=cwd, env={**env, **environment}, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run in its results."""
+    folder = tmp_path_factory.mktemp("user")
+    done = vitcmp("train", "--attention", "performer", "--name", "first", *TINY, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> str:
+    return next((folder / "results" / "runs").iterdir()).name
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from vitcmp.cli import app\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'pandas', 'matplotlib', 'numpy', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_bare_train_says_what_it_trains_on_and_records_it(folder: Path, run: str):
+    (record,) = store.read(folder / "results")
+    assert (record.id, record.status, record.config["dataset"], record.config["name"]) == (run, "ok", "digits", "first")
+    done = vitcmp("train", "--dry-run", cwd=folder)
+    assert "digits" in done.stderr
+    assert done.stdout == "train softmax on digits, seed 0\n"
+
+
+BAD = {
+    "mechanism": (["train", "--attention", "sofmax"], "did you mean 'softmax'"),
+    "mechanism option": (["train", "--attention", "performer:features=3"], "num_features"),
+    "option value": (["train", "--attention", "entmax:alpha=low"], "alpha=low must be a valid number"),
+    "dataset": (["train", "--dataset", "cifar"], "did you mean 'cifar10'"),
+    "preset": (["train", "--preset", "vitt"], "did you mean"),
+    "recipe": (["train", "--recipe", "medium"], "available: plain, strong"),
+    "flag": (["train", "--epoch", "3"], "--epochs"),
+    "no number": (["train", "--epochs", "many"], "'--epochs'"),
+    "zero epochs": (["train", "--epochs", "0"], "epochs (0) must be above 0"),
+    "negative lr": (["train", "--lr", "-1"], "lr (-1.0) must be above 0"),
+    "zero threads": (["train", "--threads", "0"], "threads (0) must be above 0"),
+    "seeds": (["train", "--seeds", "2-1"], "not a list of whole numbers"),
+    "heads": (["train", "--num-heads", "5"], "divisible by num_heads (5)"),
+    "patch": (["train", "--patch-size", "3"], "divisible by patch_size (3)"),
+    "channels": (["train", "--channels", "3"], "does not fit digits"),
+    "dropout": (["train", "--attention", "linear", "--attention-dropout", "0.1"], "set it to 0"),
+    "device": (["train", "--device", "tpu"], "auto, cpu, cuda"),
+    "config": (["train", "--config", "none.yaml"], "none.yaml"),
+    "run": (["eval", "nosuchrun"], "no run 'nosuchrun'"),
+    "run to resume": (["train", "--resume", "nosuchrun"], "no run 'nosuchrun'"),
+    "run to draw": (["visualize", "nosuchrun"], "no run 'nosuchrun'"),
+    "checkpoint": (["eval", "none.safetensors"], "no checkpoint"),
+    "empty store": (["--results", "empty", "report"], "vitcmp train"),
+    "tokens": (["bench", "--tokens", "64,none"], "not a list of whole numbers"),
+    "no tokens": (["bench", "--tokens", "0"], "tokens (0) must be above 0"),
+    "rounds": (["bench", "--rounds", "0"], "rounds (0) must be above 0"),
+    "data folder": (["--data-dir", "nowhere", "train", "--dataset", "mnist"], "no data folder 'nowhere'"),
+    "action": (["runs", "delete"], "list, show, rm"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_that_names_the_remedy(name: str, tmp_path: Path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VITCMP_DATA", raising=False)
+    monkeypatch.delenv("VITCMP_RESULTS", raising=False)
+    args, remedy = BAD[name]
+    monkeypatch.setattr(sys, "argv", ["vitcmp", *args])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed = capfd.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("vitcmp: ")]
+    assert stopped.value.code == 2
+    assert len(lines) == 1
+    assert remedy in lines[0]
+    assert "Traceback" not in printed.err
+    assert not (tmp_path / "results").exists(), "nothing is written for bad input"
+
+
+def test_offline_data_says_which_file_to_put_where(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    closed = "http://127.0.0.1:9"
+    done = vitcmp("--data-dir", "data", "train", "--dataset", "cifar10", cwd=tmp_path, https_proxy=closed)
+    assert done.returncode == 2
+    assert "cifar-10-python.tar.gz" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("epochs: many", "epochs: 'many' must be a valid integer"),
+        ("epochs: '3'", "epochs: '3' must be a valid integer"),
+        ("epoch: 3", "did you mean 'epochs'"),
+        ("invert: 1", "invert: 1 must be a valid boolean"),
+        ("- 3", "must hold settings"),
+        ("a: [", "no valid YAML"),
+        ("attention: 3", "attention: 3"),
+    ],
+)
+def test_yaml_is_checked(text: str, remedy: str, tmp_path: Path):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises((UserError, AttentionError), match=r"study\.yaml") as caught:
+        cli._settings({}, None, None, path)
+    assert remedy in str(caught.value)
+
+
+def test_command_line_beats_environment_beats_file(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("epochs: 7\nlr: 1e-3\nresults: of-file\nattention: linear\nseeds: [3, 4]\n")
+    args = ["train", "--config", "run.yaml", "--lr", "0.5", "--show-config"]
+    shown = vitcmp(*args, cwd=tmp_path, VITCMP_RESULTS="of-environment")
+    assert shown.returncode == 0, shown.stderr
+    first, second = yaml.safe_load_all(shown.stdout)
+    assert (first["epochs"], first["lr"], first["attention"], first["seed"]) == (7, 0.5, "linear", 3)
+    assert second["seed"] == 4
+    settings = {}
+    runner = CliRunner()
+    real = cli._settings
+
+    def spy(*given, **named):
+        settings.update(real(*given, **named))
+        return dict(settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_settings", spy)
+        patch.chdir(tmp_path)
+        runner.invoke(cli.app, [*args[:3], "--dry-run"], env={"VITCMP_RESULTS": "of-environment"})
+    assert settings["results"] == "of-environment"
+
+
+def test_eval_as_json_is_json_and_keeps_predictions(folder: Path, run: str):
+    done = vitcmp("--json", "eval", run[:10], "--corrupt", "noise", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["kind"] == "eval"
+    assert record["metrics"]["images"] == 360
+    assert (folder / "results" / "runs" / run / "predictions-digits-test-8px-noise3.npz").is_file()
+
+
+def test_bench_as_json_has_cells(folder: Path):
+    args = ["--json", "bench", "--attention", "softmax", "--attention", "linear", "--tokens", "16,17", "--rounds", "3"]
+    done = vitcmp(*args, "--batch-size", "2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(done.stdout)["cells"]
+    assert [(c["attention"], c["tokens"], c["status"]) for c in cells] == [
+        ("softmax", 16, "ok"), ("linear", 16, "ok"), ("softmax", 17, "ok"), ("linear", 17, "ok"),
+    ]  # fmt: skip
+    assert all(len(c["latency_samples_ms"]) == 3 and min(c["latency_samples_ms"]) > 0 for c in cells)
+
+
+def test_the_commands_that_look_up_work(folder: Path, run: str):
+    assert run in json.loads(vitcmp("--json", "runs", "show", run, cwd=folder).stdout)["folder"]
+    assert json.loads(vitcmp("--json", "runs", cwd=folder).stdout)[0]["run"] == run
+    names = [m["name"] for m in json.loads(vitcmp("--json", "list", cwd=folder).stdout)]
+    assert names == sorted(names)
+    assert "softmax" in names
+    assert "torch" in json.loads(vitcmp("--json", "doctor", cwd=folder).stdout)["versions"]
+    assert "vitcmp 0." in vitcmp("--version", cwd=folder).stdout
+
+
+def test_a_finished_run_is_not_resumed(folder: Path, run: str):
+    done = vitcmp("train", "--resume", run, cwd=folder)
+    assert done.returncode == 2
+    assert "finished" in done.stderr
+
+
+def test_report_prints_the_table_and_writes_it(folder: Path):
+    done = vitcmp("report", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "performer" in done.stdout
+    assert "performer" in (folder / "results" / "report" / "table.csv").read_text()
+
+
+def test_a_diverged_run_exits_with_1(tmp_path: Path):
+    done = vitcmp("train", *TINY, "--lr", "1e30", "--grad-clip", "0", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "diverged" in done.stdout
+    assert store.read(tmp_path / "results")[0].status == "diverged"
