@@ -378,7 +378,7 @@ def report(
 
     def tell() -> None:
         for comparison in written.comparisons:
-            out.print(to_rich(comparison.table, comparison.title, comparison.notes))
+            out.print(to_rich(comparison.table, comparison.title, comparison.notes, out.width))
         out.print("\n".join(map(str, written.paths)), highlight=False, soft_wrap=True)
 
     tables = [
@@ -409,6 +409,7 @@ def compare(
 
     if quick:
         settings = {**workflow.QUICK, **settings}
+        settings["bench"] = {**workflow.QUICK_BENCH, **settings.get("bench", {})}
     measured = settings.pop("bench", {})
     runtime = take(settings, RuntimeConfig)
     specs, numbers = _grid(settings, everything=True)
@@ -438,7 +439,7 @@ def _tell_study(study: Study) -> None:
 
     def tell() -> None:
         for comparison in written.comparisons[:1]:
-            out.print(to_rich(comparison.table, comparison.title, comparison.notes))
+            out.print(to_rich(comparison.table, comparison.title, comparison.notes, out.width))
         out.print("\n".join(map(str, [*written.paths, *study.pictures])), highlight=False, soft_wrap=True)
 
     records = [record.model_dump() for record in study.records]

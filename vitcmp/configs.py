@@ -307,8 +307,8 @@ DATASETS: dict[str, dict[str, Any]] = {
     ),
     "mnist": dict(image_size=28, channels=1, num_classes=10, epochs=5, flip=False),
     "fashion-mnist": dict(image_size=28, channels=1, num_classes=10, epochs=10, flip=False),
-    "cifar10": dict(image_size=32, channels=3, num_classes=10, flip=True),
-    "cifar100": dict(image_size=32, channels=3, num_classes=100, flip=True),
+    "cifar10": dict(image_size=32, channels=3, num_classes=10, flip=True, lr=3e-3, validation=0.05),
+    "cifar100": dict(image_size=32, channels=3, num_classes=100, flip=True, lr=3e-3, validation=0.05),
     "fake": dict(image_size=32, channels=3, num_classes=10, epochs=1, flip=True),
 }
 

@@ -66,7 +66,7 @@ def test_mean_and_sample_deviation_over_seeds_best_first(records: Records) -> No
         records.train("softmax", seed, top1)
     records.train("linear", 0, 95.0)
     (found,) = tables.comparison(records.table)
-    assert found.title == "digits, tiny, 15 epochs"
+    assert found.title == "digits, tiny, 20 epochs"
     assert found.table["attention"].tolist() == ["linear", "softmax"]
     softmax = found.table.iloc[1]
     assert (softmax["seeds"], softmax["top1_pct"], softmax["top1_std_pct"]) == (3, 92.0, 2.0)
@@ -89,7 +89,7 @@ def test_conditions_that_differ_never_share_a_table(records: Records) -> None:
     records.train(epochs=3)
     found = tables.comparison(records.table)
     assert [c.title for c in found] == [
-        "digits, tiny, 15 epochs, lr 0.1", "digits, tiny, 15 epochs, lr 0.2", "digits, tiny, 3 epochs",
+        "digits, tiny, 20 epochs, lr 0.1", "digits, tiny, 20 epochs, lr 0.2", "digits, tiny, 3 epochs",
     ]  # fmt: skip
     assert [len(c.table) for c in found] == [2, 1, 1]
 
@@ -98,7 +98,7 @@ def test_auto_precision_that_became_two_things_is_two_conditions(records: Record
     records.train(precision_used="fp32")
     records.train("linear", precision_used="bf16")
     titles = {c.title for c in tables.comparison(records.table)}
-    assert titles == {"digits, tiny, 15 epochs, precision fp32", "digits, tiny, 15 epochs, precision bf16"}
+    assert titles == {"digits, tiny, 20 epochs, precision fp32", "digits, tiny, 20 epochs, precision bf16"}
 
 
 def test_a_cell_that_ran_twice_counts_once_the_newest(records: Records) -> None:
@@ -277,7 +277,15 @@ def test_terminal_table_fits_in_100_columns(records: Records) -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
-def _printed(table: Any) -> str:
-    console = Console(width=100, file=io.StringIO())
+def test_a_narrow_terminal_keeps_the_mechanisms(records: Records) -> None:
+    records.train(attention="performer:num_features=64")
+    (found,) = tables.comparison(records.table)
+    text = _printed(tables.to_rich(found.table, found.title, (), width=80), width=80)
+    assert "performer:num_" in text
+    assert "91.0" in text
+
+
+def _printed(table: Any, width: int = 100) -> str:
+    console = Console(width=width, file=io.StringIO())
     console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]

@@ -53,6 +53,7 @@ TERMINAL_COMPARISON = (
     "attention", "seeds", "top1_pct", "top5_pct", "params_m", "macs_g", "latency_ms", "train_throughput_img_s",
     "train_peak_memory_mib",
 )  # fmt: skip
+NARROW = tuple(name for name in TERMINAL_COMPARISON if name not in ("top5_pct", "params_m"))
 TERMINAL_SCALING = ("attention", "tokens", "status", "latency_ms", "latency_iqr_ms", "peak_memory_mib", "macs_g")
 
 SCALING_CONDITIONS = ("level", "mode", "batch_size", "precision", "model", "machine")
@@ -195,9 +196,10 @@ def to_latex(table: pd.DataFrame, caption: str | None = None) -> str:
     return body.replace(MISSING, "--").replace("±", r"$\pm$")
 
 
-def to_rich(table: pd.DataFrame, title: str = "", notes: Sequence[str] = ()) -> Table:
-    """The main columns for a terminal of 100 columns, with the notes below."""
-    text = formatted(table, TERMINAL_COMPARISON if "top1_pct" in table else TERMINAL_SCALING)
+def to_rich(table: pd.DataFrame, title: str = "", notes: Sequence[str] = (), width: int = 100) -> Table:
+    """The main columns for a terminal of `width` columns, fewer below 100, with the notes below."""
+    comparing = TERMINAL_COMPARISON if width >= 100 else NARROW
+    text = formatted(table, comparing if "top1_pct" in table else TERMINAL_SCALING)
     view = Table(title=Text(title) if title else None, title_justify="left", box=SIMPLE_HEAD, caption_justify="left")
     view.caption = Text("\n".join(notes)) if notes else None
     if text.empty:

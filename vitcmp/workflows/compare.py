@@ -28,6 +28,7 @@ QUICK: dict[str, Any] = {
     "attention": ["softmax", "linear", "performer", "entmax"],
     "seeds": "0-1",
 }
+QUICK_BENCH: dict[str, Any] = {"batch_size": 2, "rounds": 9}
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def run(
     study.failed = sum(record.status != "ok" for record in study.records)
 
     listen({"event": "stage", "text": "drawing"})
-    study.report = report.run(runtime.results)
+    study.report = report.run(runtime.results, formats=("md", "csv", "html"))
     newest = {record.key: record.id for record in store.read(runtime.results) if record.status == "ok"}
     first: dict[str, str] = {}
     for cell in cells:
