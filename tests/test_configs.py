@@ -28,7 +28,7 @@ from vitcmp.configs import (
 def test_what_is_given_goes_before_recipe_preset_and_data_set() -> None:
     assert resolve_run({}).train.lr == 3e-3  # digits' own
     assert resolve_run({"lr": 1e-4}).train.lr == 1e-4
-    assert resolve_run({"dataset": "cifar10"}).train.lr == TrainConfig.lr
+    assert resolve_run({"dataset": "mnist"}).model.preset == ModelConfig.preset
     assert resolve_run({}).model.preset == "tiny"
     assert resolve_run({"preset": "vit", "dataset": "mnist"}).model.dim == 128
     assert resolve_run({"preset": "vit", "dataset": "mnist", "dim": 64}).model.dim == 64

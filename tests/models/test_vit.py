@@ -64,7 +64,7 @@ def test_initial_weights_depend_on_the_seed_and_the_layer() -> None:
     assert not torch.equal(first["blocks.0.attention.q.weight"], first["blocks.1.attention.q.weight"])
     assert not torch.equal(first["blocks.0.attention.q.weight"], first["blocks.0.attention.k.weight"])
     weight = small(dim=128, mlp_dim=512).blocks[0].mlp[0].weight
-    assert weight.std().item() == pytest.approx(0.02 * 0.88, rel=0.03)  # truncated at 2 std
+    assert weight.std().item() == pytest.approx((2 * 128) ** -0.5 * 0.88, rel=0.03)  # truncated at 2 std
 
 
 def test_building_draws_nothing_from_the_global_stream() -> None:

@@ -123,7 +123,7 @@ def test_lines_that_could_not_be_read_are_in_the_report(tmp_path: Path) -> None:
     add_run(tmp_path, "softmax")
     with next((tmp_path / "records").glob("*.jsonl")).open("a") as file:
         file.write('{"torn')
-    with (tmp_path / "runs" / "softmax-0-15" / "log.jsonl").open("a") as file:
+    with (tmp_path / "runs" / "softmax-0-20" / "log.jsonl").open("a") as file:
         file.write('{"torn')
     found = report.run(str(tmp_path), formats=["md", "html"])
     assert ["line 2: a torn line" in found.notes[0], "log.jsonl has a torn line" in found.notes[1]] == [True, True]
