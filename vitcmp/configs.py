@@ -305,8 +305,12 @@ DATASETS: dict[str, dict[str, Any]] = {
     "digits": dict(
         image_size=8, channels=1, num_classes=10, preset="tiny", epochs=20, batch_size=64, lr=3e-3, flip=False
     ),
-    "mnist": dict(image_size=28, channels=1, num_classes=10, epochs=5, flip=False),
-    "fashion-mnist": dict(image_size=28, channels=1, num_classes=10, epochs=10, flip=False),
+    "mnist": dict(
+        image_size=28, channels=1, num_classes=10, epochs=5, batch_size=64, lr=3e-3, warmup_epochs=0.5, flip=False
+    ),
+    "fashion-mnist": dict(
+        image_size=28, channels=1, num_classes=10, epochs=10, batch_size=64, lr=3e-3, warmup_epochs=0.5, flip=False
+    ),
     "cifar10": dict(image_size=32, channels=3, num_classes=10, flip=True, lr=3e-3, validation=0.05),
     "cifar100": dict(image_size=32, channels=3, num_classes=100, flip=True, lr=3e-3, validation=0.05),
     "fake": dict(image_size=32, channels=3, num_classes=10, epochs=1, flip=True),
