@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_type_hints
 
 
@@ -385,17 +388,22 @@ def typed(values: Mapping[str, Any], cls: type[Any], strict: bool = False) -> di
 
 def help_texts(cls: type[Any]) -> dict[str, str]:
     """The line under each field of a config class."""
-    body = ast.parse(inspect.getsource(cls)).body[0]
-    assert isinstance(body, ast.ClassDef)
+    return _help_texts(cls.__module__)[cls.__name__]
+
+
+@functools.cache
+def _help_texts(module: str) -> dict[str, dict[str, str]]:
+    """The lines under the fields of all classes of a module, which is parsed once."""
     return {
-        a.target.id: b.value.value
-        for a, b in zip(body.body, body.body[1:], strict=False)
-        if isinstance(a, ast.AnnAssign)
-        and isinstance(a.target, ast.Name)
-        and isinstance(b, ast.Expr)
-        and isinstance(b.value, ast.Constant)
-        and isinstance(b.value.value, str)
-    }
+        cls.name: {
+            a.target.id: b.value.value
+            for a, b in pairwise(cls.body)
+            if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
+            and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant) and isinstance(b.value.value, str)
+        }
+        for cls in ast.parse(inspect.getsource(sys.modules[module])).body
+        if isinstance(cls, ast.ClassDef)
+    }  # fmt: skip
 
 
 def parse_integers(text: str) -> tuple[int, ...]:
