@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,10 @@ BAD = {
     "no tokens": (["bench", "--tokens", "0"], "tokens (0) must be above 0"),
     "rounds": (["bench", "--rounds", "0"], "rounds (0) must be above 0"),
     "data folder": (["--data-dir", "nowhere", "train", "--dataset", "mnist"], "no data folder 'nowhere'"),
+    "name": (["train", "--name", "../out"], "becomes a folder's name"),
+    "second mechanism": (["train", "--attention", "softmax", "--attention", "entmax:alpha=0.5"], "alpha (0.5)"),
+    "option given twice": (["train", "--attention", "entmax:alpha=1,alpha=2"], "given twice"),
+    "auto or a number": (["train", "--micro-batch", "many"], "must be a valid integer or 'auto'"),
     "action": (["runs", "delete"], "list, show, rm"),
 }
 
@@ -206,3 +211,44 @@ def test_a_diverged_run_exits_with_1(tmp_path: Path):
     assert done.returncode == 1, done.stderr
     assert "diverged" in done.stdout
     assert store.read(tmp_path / "results")[0].status == "diverged"
+
+
+def test_a_stopped_run_says_how_to_go_on_and_keeps_its_logging(tmp_path: Path):
+    command = [sys.executable, "-m", "vitcmp", "train", "--epochs", "30", "--train-samples", "256", "--save-every", "5"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("results/runs/*/state.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "--resume RUN" in printed
+    (folder,) = tmp_path.glob("results/runs/*")
+    assert vitcmp("train", "--resume", folder.name, "--dry-run", cwd=tmp_path).returncode == 2
+    done = vitcmp("train", "--resume", folder.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "epoch-0030.safetensors").is_file()
+    assert [r.status for r in store.read(tmp_path / "results")] == ["interrupted", "ok"]
+
+
+def test_a_results_folder_that_takes_no_records_is_refused_before_the_work(tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "records").write_text("in the way")
+    done = vitcmp("train", *TINY, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "choose another --results" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "results" / "runs").exists()
+
+
+def test_one_study_file_serves_train_bench_and_compare(tmp_path: Path):
+    study = "attention: [linear]\nseeds: 0-1\nepochs: 1\nbench:\n  tokens: 16..64\n  rounds: 2\n"
+    (tmp_path / "study.yaml").write_text(study)
+    trained = vitcmp("train", "--config", "study.yaml", "--dry-run", cwd=tmp_path)
+    assert trained.stdout.splitlines() == ["train linear on digits, seed 0", "train linear on digits, seed 1"]
+    compared = vitcmp("compare", "study.yaml", "--dry-run", cwd=tmp_path)
+    assert len(compared.stdout.splitlines()) == 2, compared.stderr
+    (tmp_path / "none.yaml").write_text("attention: []\n")
+    for command in ("train", "compare"):
+        refused = vitcmp(command, "--config", "none.yaml", cwd=tmp_path)
+        assert (refused.returncode, "at least one" in refused.stderr) == (2, True)

@@ -31,7 +31,7 @@ from vitcmp.configs import (
     TrainConfig,
     UserError,
     help_texts,
-    parse_integers,
+    integers,
     resolve_run,
 )
 from vitcmp.options import only, options, read_yaml, take
@@ -148,22 +148,29 @@ def train(
 ) -> None:
     """Train a model for each mechanism and seed, test each once, and record it."""
     settings = _settings(given, attention_specs, seeds, config)
+    settings.pop("bench", None)
     runtime = take(settings, RuntimeConfig)
     if resume is not None:
-        _resume(resume, runtime, settings)
+        if show_config or dry_run:
+            raise UserError("--resume goes on with a run as it is; `vitcmp runs show RUN` shows its settings")
+        _resume(resume, runtime, settings, given)
         return
     specs, numbers = _grid(settings)
+    runs = [resolve_run({**settings, "attention": spec, "seed": seed}) for seed in numbers for spec in specs]
     if "dataset" not in settings:
         output.say("no --dataset given: training on scikit-learn's digits (8 x 8 pixels, 64 patches)")
-    runs = [resolve_run({**settings, "attention": spec, "seed": seed}) for seed in numbers for spec in specs]
     if show_config:
         _show_config([run.flat() for run in runs])
     elif dry_run:
         lines = [f"train {run.model.attention} on {run.data.dataset}, seed {run.train.seed}" for run in runs]
         output.show(lines, "\n".join(lines))
     else:
+        from vitcmp.workflows.train import check
         from vitcmp.workflows.train import run as workflow
 
+        if len(runs) > 1:
+            for run in runs:
+                check(run)
         records = []
         for run in runs:
             with _progress() as listen:
@@ -171,7 +178,7 @@ def train(
         _finish_training(records, runtime)
 
 
-def _resume(name: str, runtime: RuntimeConfig, settings: dict[str, Any]) -> None:
+def _resume(name: str, runtime: RuntimeConfig, settings: dict[str, Any], given: dict[str, Any]) -> None:
     if settings:
         raise UserError(f"--resume takes the run's own settings; leave out {', '.join(settings)}")
     from vitcmp import store
@@ -181,8 +188,10 @@ def _resume(name: str, runtime: RuntimeConfig, settings: dict[str, Any]) -> None
     folder = store.find_run(runtime.results, name)
     if any(record.id == folder.name for record in store.read(runtime.results)):
         raise UserError(f"run '{folder.name}' is finished; there is nothing to resume")
+    info = load_info(folder)
+    kept = {name: value for name, value in info.logging.items() if name not in given}
     with _progress() as listen:
-        record = workflow(load_info(folder).run_config, runtime, resume=folder, listen=listen)
+        record = workflow(info.run_config, dataclasses.replace(runtime, **kept), resume=folder, listen=listen)
     _finish_training([record], runtime)
 
 
@@ -286,16 +295,15 @@ def bench(
     """Measure latency, throughput, peak memory and MACs over token counts."""
     settings = _settings(given, attention_specs, None, config, BenchConfig, ModelConfig)
     runtime = take(settings, RuntimeConfig)
+    settings = {**settings.pop("bench", {}), **settings}
     specs, _ = _grid(settings, everything=True)
-    if isinstance(settings.get("tokens"), str):
-        settings["tokens"] = parse_integers(settings["tokens"])
     measure = take(settings, BenchConfig)
     model = resolve_run({"dataset": "fake", **settings}).model
     if show_config:
         _show_config([{**dataclasses.asdict(model), **dataclasses.asdict(measure), "attention": specs}])
         return
     if dry_run:
-        lines = [f"bench {spec} at {tokens} tokens" for tokens in measure.tokens for spec in specs]
+        lines = [f"bench {spec} at {tokens} tokens" for tokens in measure.token_counts for spec in specs]
         output.show(lines, "\n".join(lines))
         return
     from vitcmp.workflows import bench as workflow
@@ -404,7 +412,7 @@ def compare(
     """Run a whole study: train every mechanism with every seed, bench, report, visualize."""
     if study is not None and config is not None:
         raise UserError(f"give the study once: '{study}' or --config '{config}'")
-    settings = _settings(given, attention_specs, seeds, study or config, sections={"bench": BenchConfig})
+    settings = _settings(given, attention_specs, seeds, study or config)
     from vitcmp.workflows import compare as workflow
 
     if quick:
@@ -512,10 +520,9 @@ def _settings(
     seeds: str | None,
     file: Path | None,
     *classes: type[Any],
-    sections: dict[str, type[Any]] | None = None,
 ) -> dict[str, Any]:
-    """File, global options and command line in one flat mapping; the later wins."""
-    settings = read_yaml(file, *(classes or RUN), RuntimeConfig, GridConfig, sections=sections)
+    """File, global options and command line in one flat mapping; the later wins. A study's file serves train too."""
+    settings = read_yaml(file, *(classes or RUN), RuntimeConfig, GridConfig, sections={"bench": BenchConfig})
     settings |= {**everywhere, **given}
     if specs:
         settings["attention"] = specs
@@ -535,7 +542,9 @@ def _grid(settings: dict[str, Any], everything: bool = False) -> tuple[list[str]
     named = settings.pop("attention", "all" if everything else own)
     named = [named] if isinstance(named, str) else list(named)
     seeds = settings.pop("seeds", settings.pop("seed", 0))
-    numbers = parse_integers(seeds) if isinstance(seeds, str) else (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    numbers = integers(seeds)
+    if not named or not numbers:
+        raise UserError(f"{'attention' if not named else 'seeds'} must name at least one")
     specs = attention.available() if "all" in named else named
     return list(dict.fromkeys(attention.canonical(spec) for spec in specs)), list(numbers)
 
@@ -681,8 +690,12 @@ def main() -> NoReturn:
     except _UsageMistake as error:
         _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; finished records are safe, and `vitcmp train --resume RUN` goes on", highlight=False)
-        sys.exit(130)
+        code = 130
+    except SystemExit as stopped:
+        code = stopped.code
+    if code in (130, 143):
+        err.print("interrupted; what is finished is recorded. `vitcmp runs` lists the unfinished run, "
+                  "`vitcmp train --resume RUN` goes on with it", highlight=False, soft_wrap=True)  # fmt: skip
     sys.exit(code if isinstance(code, int) else 0)
 
 

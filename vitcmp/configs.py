@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -228,6 +229,8 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _check(self, positive="threads", not_negative="save_every log_every")
+        if self.name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
+            raise UserError(f"name '{self.name}' must be letters, digits and . _ + - alone: it becomes a folder's name")
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,7 @@ class BenchConfig:
     """attention: one attention block with its projections; model: the whole ViT."""
     mode: Literal["forward", "train-step"] = "forward"
     """forward: inference; train-step: forward, backward and, at the level model, the optimizer."""
-    tokens: tuple[int, ...] = (64, 256, 1024)
+    tokens: tuple[int, ...] | int | str = "64,256,1024"
     """Token counts without the class token: a list (64,256) or a range of powers of two (64..4096)."""
     batch_size: int = 8
     """Images at a time."""
@@ -261,9 +264,16 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         _check(self, positive="batch_size rounds")
-        for tokens in self.tokens:
+        if not self.token_counts:
+            raise UserError("tokens must name at least one token count")
+        for tokens in self.token_counts:
             if tokens < 1:
                 raise UserError(f"tokens ({tokens}) must be above 0")
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """The token counts, with lists and ranges spelt out."""
+        return integers(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -381,8 +391,8 @@ def typed(values: Mapping[str, Any], cls: type[Any], strict: bool = False) -> di
             value = tuple(value) if isinstance(value, list) else value
             result[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].lower().replace("input should be", "must be")
-            raise UserError(f"{name}: {value!r} {reason}") from None
+            wanted = [e["msg"].lower().partition(",")[0].removeprefix("input should be ") for e in error.errors()]
+            raise UserError(f"{name}: {value!r} must be {' or '.join(dict.fromkeys(wanted))}") from None
     return result
 
 
@@ -404,6 +414,13 @@ def _help_texts(module: str) -> dict[str, dict[str, str]]:
         for cls in ast.parse(inspect.getsource(sys.modules[module])).body
         if isinstance(cls, ast.ClassDef)
     }  # fmt: skip
+
+
+def integers(value: int | str | Iterable[int]) -> tuple[int, ...]:
+    """One whole number, a text such as `0-2` or `64..1024`, or several numbers."""
+    if isinstance(value, str):
+        return parse_integers(value)
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def parse_integers(text: str) -> tuple[int, ...]:

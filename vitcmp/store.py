@@ -63,9 +63,28 @@ def new_record(**fields: Any) -> Record:
     return Record(time=datetime.now(UTC).isoformat(timespec="seconds"), **fields)
 
 
+def check_writable(results: str | Path) -> None:
+    """Raise UserError where records cannot be written: asked before any work starts, so that none is lost."""
+    try:
+        (Path(results) / "records").mkdir(parents=True, exist_ok=True)
+        os.close(os.open(Path(results) / "records" / f"{_writer()}.jsonl", os.O_WRONLY | os.O_CREAT, 0o644))
+    except OSError as error:
+        raise UserError(f"cannot write to '{results}' ({error.strerror}); choose another --results") from None
+
+
 def append(results: str | Path, record: Record) -> None:
-    """Write one record: when this returns, it is on the disk."""
-    folder = Path(results) / "records"
+    """Write one record: when this returns, it is on the disk.
+
+    Raises: UserError where the disk does not take it; nothing of it is left then.
+    """
+    try:
+        _append(Path(results) / "records", record)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write a record to '{results}' ({reason}); free some space and run it again") from None
+
+
+def _append(folder: Path, record: Record) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(_finite(record.model_dump()), allow_nan=False) + "\n").encode()
     descriptor = os.open(folder / f"{_writer()}.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

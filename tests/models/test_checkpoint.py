@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vitcmp.configs import UserError, resolve_run
+from vitcmp.configs import RuntimeConfig, UserError, resolve_run
 from vitcmp.data.datasets import load_data
 from vitcmp.models.checkpoint import RunInfo, load_info, load_run, load_weights, save_weights
 from vitcmp.models.vit import ViT
@@ -21,7 +21,7 @@ from vitcmp.models.vit import ViT
 def saved(tmp_path: Path) -> tuple[Path, ViT, RunInfo]:
     config = resolve_run({"attention": "performer:num_features=12"})
     model = ViT(config.model, seed=4).eval()
-    info = RunInfo.of("run-1", None, "0123456789abcdef", config, load_data("digits"))
+    info = RunInfo.of("run-1", RuntimeConfig(), "0123456789abcdef", config, load_data("digits"))
     folder = tmp_path / "runs" / "run-1"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(asdict(info)))

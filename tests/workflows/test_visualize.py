@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vitcmp import store
-from vitcmp.configs import UserError, resolve_run
+from vitcmp.configs import RuntimeConfig, UserError, resolve_run
 from vitcmp.data.datasets import load_data
 from vitcmp.models.checkpoint import RunInfo, load_run, save_weights
 from vitcmp.models.vit import ViT
@@ -38,7 +38,7 @@ def make_run(results: Path, name: str, **settings) -> str:
     data = load_data(config.data)
     folder = results / "runs" / name
     folder.mkdir(parents=True)
-    info = RunInfo.of(name, None, "key", config, data)
+    info = RunInfo.of(name, RuntimeConfig(), "key", config, data)
     store.write_json(folder / "config.json", asdict(info))
     save_weights(folder / "model.safetensors", ViT(config.model, config.train.seed), info)
     for epoch in (1, 2):

@@ -154,9 +154,11 @@ def _file(path: Path) -> ModuleType:
             missing = [needed for needed in ("Config", "build", "macs") if not hasattr(module, needed)]
             if missing:
                 raise AttentionError(f"{path} lacks {', '.join(missing)}: a mechanism has Config, build and macs")
-        except BaseException:
+        except Exception as error:
             del sys.modules[name]
-            raise
+            if isinstance(error, AttentionError):
+                raise
+            raise AttentionError(f"cannot import {path} ({type(error).__name__}: {error}); mend the file") from error
     return sys.modules[name]
 
 
@@ -173,6 +175,8 @@ def _options(config: type[Any], name: str, text: str) -> dict[str, Any]:
         if not equals:
             raise AttentionError(f"'{part}' in '{name}:{text}' is no option: write {name}:option=value; for several "
                                  "mechanisms, repeat --attention")  # fmt: skip
+        if key in options:
+            raise AttentionError(f"{name}: the option '{key}' is given twice; keep one")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean '{near[0]}'? " if near else ""

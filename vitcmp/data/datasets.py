@@ -11,7 +11,9 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -342,9 +344,11 @@ def _download(url: str, folder: Path, md5: str, name: str) -> Path:
 
     file = url.rpartition("/")[2]
     try:
-        download_url(url, str(folder), file, md5)
+        with tempfile.TemporaryDirectory() as temporary:
+            download_url(url, temporary, file, md5)
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(temporary) / file, folder / file)
     except Exception as error:
-        (folder / file).unlink(missing_ok=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{name} is not in {folder} and could not be downloaded ({reason}); put {file} from {url} there, "

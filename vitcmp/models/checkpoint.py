@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vitcmp import store
 from vitcmp.attention import AttentionError
-from vitcmp.configs import RunConfig, UserError
+from vitcmp.configs import RunConfig, RuntimeConfig, UserError
 from vitcmp.data.datasets import Data
 from vitcmp.models.vit import ViT
 
@@ -31,11 +31,14 @@ class RunInfo:
     std: tuple[float, ...]
     digest: str
     """Of the data."""
+    logging: dict[str, Any] = field(default_factory=dict)
+    """save_every, log_every and tracker, which a resumed run keeps."""
 
     @classmethod
-    def of(cls, id: str, name: str | None, key: str, config: RunConfig, data: Data) -> RunInfo:
+    def of(cls, id: str, runtime: RuntimeConfig, key: str, config: RunConfig, data: Data) -> RunInfo:
         """The information of a new run."""
-        return cls(id, name, key, config.flat(), data.class_names, data.mean, data.std, data.digest)
+        logging = {name: getattr(runtime, name) for name in ("save_every", "log_every", "tracker")}
+        return cls(id, runtime.name, key, config.flat(), data.class_names, data.mean, data.std, data.digest, logging)
 
     @property
     def run_config(self) -> RunConfig:
@@ -105,9 +108,11 @@ def load_weights(path: Path) -> tuple[ViT, RunInfo]:
         info = _info(metadata["vitcmp"])
         state = load_file(path)
     except (SafetensorError, OSError):
-        raise UserError(f"{path} is damaged or no safetensors file") from None
+        raise UserError(f"{path} is damaged or no safetensors file; give another checkpoint, or train again") from None
     except (KeyError, ValueError, TypeError):
-        raise UserError(f"{path} was not written by this version of vitcmp: it does not say what model it is") from None
+        raise UserError(
+            f"{path} was not written by this version of vitcmp: it does not say what model it is; train again"
+        ) from None
     try:
         model = ViT(info.run_config.model)
     except AttentionError as error:
@@ -116,7 +121,9 @@ def load_weights(path: Path) -> tuple[ViT, RunInfo]:
         model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{path} does not fit the model that it describes: {reason}") from None
+        raise UserError(
+            f"{path} does not fit the model that it describes: {reason}; give another checkpoint, or train again"
+        ) from None
     return model.eval(), info
 
 

@@ -48,7 +48,7 @@ def cells_of(specs: Sequence[str], model: ModelConfig, bench: BenchConfig) -> li
     """Every mechanism at every token count, in the order of the token counts."""
     patch = model.patch
     cells = []
-    for tokens in bench.tokens:
+    for tokens in bench.token_counts:
         grid = TokenGrid.squarest(tokens)
         sized = replace(model, patch_size=patch, image_size=(grid.height * patch, grid.width * patch))
         if grid.height == grid.width:
@@ -65,6 +65,7 @@ def run(
     Unless `force`, cells that have an ok record from this code and machine are skipped.
     """
     device = machine.pick_device(runtime.device)
+    store.check_writable(runtime.results)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     keys = {cell: _key(cell, device) for cell in cells}

@@ -6,6 +6,7 @@ skipped, unfinished ones resumed, failed ones recorded and passed over.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import sys
@@ -72,13 +73,15 @@ def plan(
     """
     configs = [resolve_run({**settings, "attention": spec, "seed": seed}) for seed in seeds for spec in specs]
     data = load_data(configs[0].data, runtime.data_dir)
+    store.check_writable(runtime.results)
     records = store.read(runtime.results)
     done = {r.key for r in records if r.kind == "train" and r.status == "ok"}
     finished_ids = {r.id for r in records}
     stopped = {}
     for state in sorted((Path(runtime.results) / "runs").glob("*/state.pt")):
         if state.parent.name not in finished_ids:
-            stopped[load_info(state.parent).key] = state.parent
+            with contextlib.suppress(UserError):  # A damaged folder of another run is no reason to stop.
+                stopped[load_info(state.parent).key] = state.parent
     cells = []
     for config in map(train.canonical, configs):
         key = train.run_key(config, data)
@@ -116,10 +119,11 @@ def run(
 
     listen({"event": "stage", "text": "drawing"})
     study.report = report.run(runtime.results, formats=("md", "csv", "html"))
+    # A run whose folder was removed, or whose record was merged from elsewhere, has no weights to draw.
     newest = {record.key: record.id for record in store.read(runtime.results) if record.status == "ok"}
     first: dict[str, str] = {}
     for cell in cells:
-        if cell.key in newest:
+        if cell.key in newest and (Path(runtime.results) / "runs" / newest[cell.key] / "model.safetensors").is_file():
             first.setdefault(str(cell.config.model.attention), newest[cell.key])
     if first:
         pictures = visualize.run(

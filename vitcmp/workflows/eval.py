@@ -59,8 +59,11 @@ def run(
                     f"{getattr(trained.model.config, name)}; choose a data set that fits"
                 )
         config = replace(config, data=replace(config.data, dataset=dataset))
+    if not 1 <= severity <= 5:
+        raise UserError(f"severity ({severity}) must be from 1 to 5")
     choose(split, ("train", "validation", "test"), "split")
     device = machine.pick_device(runtime.device)
+    store.check_writable(runtime.results)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     model = trained.model if image_size is None else resized(trained.model, image_size)
@@ -73,8 +76,10 @@ def run(
     labels = part.labels.numpy()
     class_top1_pct, confusion = accuracy.per_class(logits, labels)
 
+    checkpoint = Path(run).stem if run.endswith(".safetensors") else "model"
     asked: dict[str, Any] = {
-        "run": info.id, "dataset": config.data.dataset, "split": split, "image_size": model.config.image_hw[0],
+        "run": info.id, "checkpoint": checkpoint, "dataset": config.data.dataset, "split": split,
+        "image_size": model.config.image_hw[0],
         "corrupt": corrupt, "severity": severity if corrupt else None,
     }  # fmt: skip
     metrics = {
@@ -88,7 +93,13 @@ def run(
         config={**info.config, **asked}, hardware=machine.hardware(device), versions=machine.versions(),
         commit=machine.commit(), metrics=metrics, warnings=list(data.warnings),
     )  # fmt: skip
-    changes = [config.data.dataset, split, f"{model.config.image_hw[0]}px", f"{corrupt}{severity}" if corrupt else ""]
+    changes = [
+        *([checkpoint] if checkpoint != "model" else []),
+        config.data.dataset,
+        split,
+        f"{model.config.image_hw[0]}px",
+        f"{corrupt}{severity}" if corrupt else "",
+    ]
     path = trained.folder / f"predictions-{'-'.join(filter(None, changes))}.npz"
     try:
         accuracy.save_predictions(path, logits, labels)

@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,13 +40,22 @@ class Diverged(Exception):
     """The loss is not finite any more."""
 
 
-def train(results: str = RuntimeConfig.results, device: str = "auto", **settings: Any) -> store.Record:
-    """Train from Python, with the settings of the command line.
+def train(**settings: Any) -> store.Record:
+    """Train from Python, with the settings of the command line (results, device and data_dir among them).
 
     >>> record = train(attention="performer", dataset="digits", epochs=15)
     >>> record.metrics["top1_pct"]
     """
-    return run(resolve_run(settings), RuntimeConfig(results=results, device=device))
+    names = {f.name for f in fields(RuntimeConfig)}
+    runtime = RuntimeConfig(**{name: settings.pop(name) for name in list(settings) if name in names})
+    return run(resolve_run(settings), runtime)
+
+
+def check(config: RunConfig) -> None:
+    """Raise UserError or AttentionError where the model cannot be built, before another run spends its time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateWarning)
+        ViT(config.model)
 
 
 def canonical(config: RunConfig) -> RunConfig:
@@ -87,8 +96,9 @@ def run(
     notes = [*data.warnings, *dict.fromkeys(str(w.message) for w in caught)]
     key = run_key(config, data)
     make_tracker = _tracker(runtime)
+    store.check_writable(runtime.results)
     folder = resume or new_folder(runtime, config, key)
-    info = load_info(folder) if resume else RunInfo.of(folder.name, runtime.name, key, config, data)
+    info = load_info(folder) if resume else RunInfo.of(folder.name, runtime, key, config, data)
     if resume and (info.key != key):
         notes.append("resumed with another version of the code or data")
     if not resume:
