@@ -214,7 +214,7 @@ def test_a_diverged_run_exits_with_1(tmp_path: Path):
 
 
 def test_a_stopped_run_says_how_to_go_on_and_keeps_its_logging(tmp_path: Path):
-    command = [sys.executable, "-m", "vitcmp", "train", "--epochs", "30", "--train-samples", "256", "--save-every", "5"]
+    command = [sys.executable, "-m", "vitcmp", "--results", "results", "train", "--epochs", "30", "--save-every", "5"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("results/runs/*/state.pt")) and time.monotonic() < deadline:
