@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vitcmp import __version__, attention
 from vitcmp.configs import (
@@ -611,15 +611,15 @@ def _study_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
 def _live() -> Progress:
     """A progress bar on stderr, on a terminal only."""
     return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=16),
         TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TimeRemainingColumn(), TextColumn("left"),
         console=err, transient=True, disable=output.quiet or not err.is_terminal,
     )  # fmt: skip
 
 
 def _step_facts(event: dict[str, Any]) -> str:
-    return f"loss {event['loss']:.3f}  top-1 {event['top1_pct']:.1f} %  {event['throughput_img_s']:,.0f} images/s"
+    return f"loss {event['loss']:.3f}  top-1 {event['top1_pct']:.1f} %  {event['throughput_img_s']:,.0f} img/s"
 
 
 def _epoch_line(event: dict[str, Any]) -> str:

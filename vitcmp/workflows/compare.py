@@ -113,7 +113,7 @@ def run(
     own = (model.image_hw[0] // patch) * (model.image_hw[1] // patch)
     as_trained = replace(measure, level="model", tokens=(own,), precision=cells[0].config.train.precision)
     measured = bench.cells_of(specs, model, as_trained) + bench.cells_of(specs, model, measure)
-    listen({"event": "stage", "text": f"benching {len(measured)} cells"})
+    listen({"event": "stage", "text": f"bench: {len(measured)} cells, of which finished ones are skipped"})
     study.records += bench.run(measured, runtime, force=force)
     study.failed = sum(record.status != "ok" for record in study.records)
 
