@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import shutil
@@ -72,6 +73,24 @@ def keep_freed_memory() -> bool:
         return False
     # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of <malloc.h>; each returns 1 where it was set.
     return all([mallopt(-4, 0), mallopt(-1, 2**31 - 1), mallopt(-2, 10**9)])
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory ran out; the CPU's allocator has no exception type of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def process_context(device: torch.device, preload: str) -> Any:
+    """How to start child processes that compute on the device, with the module `preload` imported in them.
+
+    On the CPU, forks of a server that has imported torch and computed nothing: they start in milliseconds. CUDA does
+    not survive a fork, so there each child starts from nothing.
+    """
+    if device.type != "cpu" or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])
+    return context
 
 
 def compiler() -> str | None:

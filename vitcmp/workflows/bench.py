@@ -219,10 +219,7 @@ def _peak_memory_mib(cell: Cell, device: torch.device) -> tuple[float | None, st
     """Peak memory of one call above what stood before it, in a process of its own; else None, and why."""
     if device.type == "cpu" and not _can_fork_a_server():
         return None, "peak memory: this system does not tell"
-    context: Any = multiprocessing.get_context("forkserver" if device.type == "cpu" else "spawn")
-    if device.type == "cpu":
-        # The server has imported torch and computed nothing: a fork of it starts in milliseconds.
-        context.set_forkserver_preload([__name__])
+    context = machine.process_context(device, preload=__name__)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_memory_child, args=(cell, str(device), torch.get_num_threads(), sender))
     process.start()
@@ -259,6 +256,4 @@ def _memory_child(cell: Cell, device_name: str, threads: int, sender: Any) -> No
 
 def _failure(error: Exception) -> tuple[Literal["failed", "oom"], str]:
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return "oom", text
-    return "failed", text
+    return ("oom" if machine.out_of_memory(error) else "failed"), text

@@ -7,7 +7,6 @@ skipped, unfinished ones resumed, failed ones recorded and passed over.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -135,10 +134,7 @@ def run(
 
 def _train_apart(cell: TrainCell, runtime: RuntimeConfig, listen: Listener) -> store.Record:
     """Train in a child process; if it dies without a record, the record says so."""
-    context: Any = multiprocessing.get_context("forkserver" if _can_fork(runtime) else "spawn")
-    if context.get_start_method() == "forkserver":
-        # The server has imported torch and computed nothing: a fork of it starts in milliseconds.
-        context.set_forkserver_preload([__name__])
+    context = machine.process_context(machine.pick_device(runtime.device), preload=__name__)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(cell.config, runtime, cell.unfinished, sender))
     process.start()
@@ -170,11 +166,6 @@ def _train_apart(cell: TrainCell, runtime: RuntimeConfig, listen: Listener) -> s
     )  # fmt: skip
     store.append(runtime.results, record)
     return record
-
-
-def _can_fork(runtime: RuntimeConfig) -> bool:
-    on_cpu = machine.pick_device(runtime.device).type == "cpu"
-    return on_cpu and "forkserver" in multiprocessing.get_all_start_methods()
 
 
 def _child(config: RunConfig, runtime: RuntimeConfig, resume: Path | None, sender: Connection) -> None:

@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -202,7 +202,7 @@ class _EpochSums:
     loss: Tensor
     correct: Tensor
     images: int = 0
-    seconds: float = field(default=0.0)
+    seconds: float = 0.0
 
 
 def _train_and_test(
@@ -401,7 +401,7 @@ def _test(folder: Path, data: Data, normalise: Normalise, device: torch.device) 
 
 def _status_of(error: Exception, model: nn.Module) -> str:
     """oom, diverged (where NaN weights made a library fail first) or failed."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if machine.out_of_memory(error):
         return "oom"
     broken = any(not p.isfinite().all() for p in model.parameters())
     return "diverged" if broken else "failed"
