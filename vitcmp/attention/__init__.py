@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,14 +71,39 @@ class Mechanism:
         return getattr(self.module, "APPROXIMATES", None)
 
     @property
+    def no_map(self) -> str:
+        """Why there is no attention map; empty where there is one."""
+        return getattr(self.module, "NO_MAP", "")
+
+    @property
     def has_map(self) -> bool:
         """Whether the output is A(q, k) v with one A for all channels of a head."""
-        return getattr(self.module, "HAS_MAP", True)
+        return not self.no_map
+
+    @property
+    def map_note(self) -> str:
+        """What the map leaves out, such as a convolution of the values; empty where it is the whole."""
+        return getattr(self.module, "MAP_NOTE", "")
 
     @property
     def row_stochastic(self) -> bool:
         """Whether the rows of the map are non-negative and sum to 1."""
         return getattr(self.module, "ROW_STOCHASTIC", False)
+
+    @property
+    def equivariant(self) -> bool:
+        """Whether permuting the tokens permutes the output: the mechanism itself knows no positions."""
+        return getattr(self.module, "EQUIVARIANT", True)
+
+    @property
+    def num_projections(self) -> int:
+        """Projections of dim x dim around the core: four, or three where queries and keys share theirs."""
+        return getattr(self.module, "NUM_PROJECTIONS", 4)
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, str]]:
+        """Checks of the contract whose usual bound does not fit this mechanism: another bound, and why."""
+        return getattr(self.module, "BOUNDS", {})
 
     @property
     def digest(self) -> str | None:
@@ -95,8 +120,12 @@ class Mechanism:
         return self.module.build(layer, self.config)
 
     def macs(self, layer: LayerConfig) -> int:
-        """Multiply-adds for one image of all that the block computes beside its four projections."""
+        """Multiply-adds for one image of all that the block computes beside its projections."""
         return self.module.macs(layer, self.config)
+
+    def block_macs(self, layer: LayerConfig) -> int:
+        """Multiply-adds for one image of the whole block, projections included."""
+        return self.macs(layer) + self.num_projections * layer.grid.num_tokens * layer.dim**2
 
 
 def available() -> list[str]:
@@ -118,7 +147,7 @@ def load(spec: str) -> Mechanism:
         f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default
     }
     name = name if name.endswith(".py") else name.replace("_", "-")
-    text = ",".join(f"{key}={changed[key]}" for key in sorted(changed))
+    text = ",".join(f"{key}={_text(changed[key])}" for key in sorted(changed))
     return Mechanism(name, f"{name}:{text}" if text else name, config, module)
 
 
@@ -162,6 +191,13 @@ def _file(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
+def _text(value: Any) -> str:
+    """An option's value as a spec writes it: true, 64, 1+2+4."""
+    if isinstance(value, tuple):
+        return "+".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _options(config: type[Any], name: str, text: str) -> dict[str, Any]:
     """`a=1,b=x` as keyword arguments of a mechanism's Config, converted to its types."""
     from pydantic import TypeAdapter, ValidationError
@@ -181,8 +217,9 @@ def _options(config: type[Any], name: str, text: str) -> dict[str, Any]:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean '{near[0]}'? " if near else ""
             raise AttentionError(f"{name} has no option '{key}'; {hint}available: {', '.join(known) or 'none'}")
+        several = get_origin(hints[key]) is tuple
         try:
-            options[key] = TypeAdapter(hints[key]).validate_python(value.strip())
+            options[key] = TypeAdapter(hints[key]).validate_python(value.split("+") if several else value.strip())
         except ValidationError as error:
             reason = error.errors()[0]["msg"].lower().replace("input should be", "must be")
             raise AttentionError(f"{name}: {key}={value} {reason}") from None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
@@ -32,6 +33,13 @@ class TokenGrid:
         """The grid of `num_patches` whose sides are nearest to each other."""
         height = next(h for h in range(int(num_patches**0.5), 0, -1) if num_patches % h == 0)
         return cls(height, num_patches // height, num_prefix_tokens)
+
+    def resample(self, x: Tensor, grid: TokenGrid) -> Tensor:
+        """`x` of [..., N], a number a token of this grid, for another grid: prefix tokens kept, patches bicubic."""
+        fixed, patches = x[..., : self.num_prefix_tokens], x[..., self.num_prefix_tokens :]
+        images = patches.reshape(1, -1, self.height, self.width)
+        images = F.interpolate(images, (grid.height, grid.width), mode="bicubic", antialias=True)
+        return torch.cat([fixed, images.view(*x.shape[:-1], -1)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -62,31 +70,48 @@ class MultiHead(nn.Module):
     """Query, key, value and output projections around a core: [B, N, D] -> [B, N, D].
 
     The core maps q, k, v of [B, H, N, K] to [B, H, N, K]. `merged` keeps the three input projections in one matrix;
-    both forms start from the same weights and have as many.
+    both forms start from the same weights and have as many. With `shared_qk` the keys are the queries. `after` maps
+    (core's output, v), both [B, H, N, K], to what the output projection reads: the place of what is no matrix times v
+    (a convolution of v, a norm), so that the core keeps its map.
 
     Raises: AttentionError where the layer drops attention weights and the core has none.
     """
 
-    def __init__(self, layer: LayerConfig, core: nn.Module, merged: bool = True) -> None:
+    def __init__(
+        self,
+        layer: LayerConfig,
+        core: nn.Module,
+        merged: bool = True,
+        shared_qk: bool = False,
+        after: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         if layer.dropout and not hasattr(core, "dropout"):
             name = type(core).__name__
             raise AttentionError(f"attention_dropout ({layer.dropout}): {name} has no weights to drop; set it to 0")
-        self.num_heads, self.merged = layer.num_heads, merged
-        if merged:
+        self.num_heads, self.merged, self.shared_qk = layer.num_heads, merged and not shared_qk, shared_qk
+        if self.merged:
             self.qkv = nn.Linear(layer.dim, 3 * layer.dim, bias=layer.qkv_bias)
         else:
             self.q = nn.Linear(layer.dim, layer.dim, bias=layer.qkv_bias)
-            self.k = nn.Linear(layer.dim, layer.dim, bias=layer.qkv_bias)
+            if not shared_qk:
+                self.k = nn.Linear(layer.dim, layer.dim, bias=layer.qkv_bias)
             self.v = nn.Linear(layer.dim, layer.dim, bias=layer.qkv_bias)
         self.core = core
+        self.after = after
         self.out = nn.Linear(layer.dim, layer.dim, bias=layer.out_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
-        projected = self.qkv(x).chunk(3, dim=-1) if self.merged else (self.q(x), self.k(x), self.v(x))
+        if self.merged:
+            projected = self.qkv(x).chunk(3, dim=-1)
+        else:
+            q = self.q(x)
+            projected = (q, q if self.shared_qk else self.k(x), self.v(x))
         q, k, v = (y.view(batch, tokens, self.num_heads, -1).transpose(1, 2) for y in projected)  # [B, H, N, K]
         mixed = self.core(q, k, v)  # [B, H, N, K]
+        if self.after is not None:
+            mixed = self.after(mixed, v)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
 
 

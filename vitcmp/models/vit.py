@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp import attention
@@ -136,8 +135,8 @@ class ViT(nn.Module):
 
     def _forward_with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         for spec in self.config.attention_specs:
-            if not attention.load(spec).has_map:
-                raise UserError(f"{spec} has no attention map: its output is not one matrix times the values")
+            if reason := attention.load(spec).no_map:
+                raise UserError(f"{spec} has no attention map: {reason}")
         queries_and_keys: list[tuple[Tensor, Tensor]] = []
         cores: list[nn.Module] = [block.get_submodule("attention.core") for block in self.blocks]
         hooks = [core.register_forward_pre_hook(lambda _, x: queries_and_keys.append(x[:2])) for core in cores]
@@ -202,16 +201,19 @@ def build_model(preset: str = ModelConfig.preset, seed: int = 0, **settings: Any
 def resized(model: ViT, image_size: int) -> ViT:
     """The same model for images of another size, its position embedding interpolated (bicubic).
 
-    Raises: UserError where the patch size does not divide the new size, or a mechanism's own parameters depend on
-    the token count.
+    A module of a mechanism that has parameters for each token brings `resized_state(old)`: what its state should be,
+    by name, given the same module built for the old grid.
+
+    Raises: UserError where the patch size does not divide the new size, or a mechanism's parameters cannot follow.
     """
     config = replace(model.config, image_size=image_size)
     other = ViT(config)
-    prefix = model.grid.num_prefix_tokens
-    fixed, grid = model.pos_embed[:, :prefix], model.pos_embed[:, prefix:]
-    grid = grid.view(1, model.grid.height, model.grid.width, -1).permute(0, 3, 1, 2)  # [1, dim, height, width]
-    grid = F.interpolate(grid, (other.grid.height, other.grid.width), mode="bicubic", antialias=True)
-    state = {**model.state_dict(), "pos_embed": torch.cat([fixed, grid.flatten(2).transpose(1, 2)], dim=1)}
+    positions = model.grid.resample(model.pos_embed.transpose(1, 2), other.grid).transpose(1, 2)
+    state = {**model.state_dict(), "pos_embed": positions}
+    for name, module in other.named_modules():
+        if hasattr(module, "resized_state"):
+            own = module.resized_state(model.get_submodule(name))
+            state.update({f"{name}.{key}": value for key, value in own.items()})
     try:
         other.load_state_dict(state)
     except RuntimeError:

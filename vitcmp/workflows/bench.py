@@ -197,12 +197,12 @@ def _call(cell: Cell, block: nn.Module, device: torch.device) -> Callable[[], ob
 
 
 def _sizes(cell: Cell, block: nn.Module) -> dict[str, Any]:
-    """Parameters and MACs of one image; at the level attention, MACs with the four projections."""
-    own = attention.load(_spec(cell)).macs(_layer(cell))
+    """Parameters and MACs of one image; at the level attention, MACs with the projections."""
     if isinstance(block, ViT):
         macs, in_attention = complexity.model_macs(block), complexity.attention_macs(block)
     else:
-        macs, in_attention = own + 4 * cell.grid.num_tokens * cell.model.dim**2, own
+        mechanism, layer = attention.load(_spec(cell)), _layer(cell)
+        macs, in_attention = mechanism.block_macs(layer), mechanism.macs(layer)
     return {
         "params_m": complexity.parameters_m(block),
         "macs_g": macs / 1e9,
