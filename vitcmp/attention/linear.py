@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
@@ -33,10 +32,15 @@ class LinearAttention(nn.Module):
         self.eps = eps
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = F.elu(q) + 1, F.elu(k) + 1
+        q, k = elu_plus_one(q), elu_plus_one(k)
         total = (wide(q) * wide(k).sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True)  # [B, H, N, 1]
         summed = k.transpose(-2, -1) @ v  # [B, H, K, K]
         return (q @ summed / (total + self.eps)).to(v.dtype)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, without the cancellation of elu near -1."""
+    return x.clamp(max=0).exp() + x.relu()
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

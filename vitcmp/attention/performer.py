@@ -26,6 +26,7 @@ PAPER = "https://arxiv.org/abs/2009.14794"
 COST = "O(N m K)"
 APPROXIMATES = "softmax"
 ROW_STOCHASTIC = True
+BOUNDS = {"gradients": (math.inf, "the stabilising constant counts as one, and with eps > 0 moves the output a little")}
 
 
 @dataclass(frozen=True)

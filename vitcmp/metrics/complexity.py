@@ -57,7 +57,7 @@ FREE = frozenset(
     rand randn roll scalar_tensor scatter scatter_ scatter_add slice_scatter sort stack sum topk unbind where zero_
     zeros zeros_like _adaptive_avg_pool2d avg_pool2d _local_scalar_dense index_put_ index_put repeat detach flip
     upsample_bicubic2d _upsample_bicubic2d_aa resize_ select_scatter
-    """.split()
+    """.split()  # noqa: SIM905
 )
 
 
