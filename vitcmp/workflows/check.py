@@ -74,7 +74,7 @@ class _NotApplicable(Exception):
 
 
 def make_block(mechanism: Mechanism, grid: TokenGrid = SMALL, dim: int = DIM, heads: int = HEADS, seed: int = 0) -> Any:
-    """A block in evaluation mode whose parameters are moved off their initial values, at random but alike for a seed."""
+    """A block in evaluation mode whose parameters are moved off their initial values, random but fixed by the seed."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateWarning)
         torch.manual_seed(seed)
@@ -128,9 +128,12 @@ def _sizes(mechanism: Mechanism) -> float:
 
 
 def _repeatable(mechanism: Mechanism) -> float:
-    block, x = make_block(mechanism), make_inputs(dtype=torch.float32)
-    first = block(x)
-    return float((block(x).detach() - first).abs().max() + (make_block(mechanism)(x) - first).abs().max())
+    """The same block twice, and a block built anew from the same seed."""
+    x = make_inputs(dtype=torch.float32)
+    with torch.no_grad():
+        block = make_block(mechanism)
+        first = block(x)
+        return float((block(x) - first).abs().max() + (make_block(mechanism)(x) - first).abs().max())
 
 
 def _batch(mechanism: Mechanism) -> float:
@@ -210,10 +213,8 @@ def _half(mechanism: Mechanism) -> float:
     grid, errors = TokenGrid(14, 14, 1), []
     for dtype in (torch.bfloat16, torch.float16):
         block = make_block(mechanism, grid)
-        if mechanism.has_map:
-            inputs, module = make_qkv(mechanism, grid, dtype), block.core
-        else:
-            inputs, module = (make_inputs(grid, dtype),), block
+        module = block.core if mechanism.has_map else block
+        inputs = make_qkv(mechanism, grid, dtype) if mechanism.has_map else (make_inputs(grid, dtype),)
         with torch.no_grad():
             with torch.autocast("cpu", dtype):
                 y = module(*inputs)
@@ -252,7 +253,8 @@ def _state(mechanism: Mechanism) -> float:
     block, x = make_block(mechanism), make_inputs(dtype=torch.float32)
     other = make_block(mechanism, seed=1)
     other.load_state_dict(block.state_dict())
-    return float((other(x) - block(x)).abs().max())
+    with torch.no_grad():
+        return float((other(x) - block(x)).abs().max())
 
 
 def _compiled(mechanism: Mechanism, backend: str = "aot_eager") -> float:
