@@ -157,14 +157,14 @@ def initialise(model: nn.Module, std: float | Literal["auto"], seed: int) -> Non
     built with, except that linear layers inside a mechanism are treated like any other.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and name.startswith("patches."):
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
             _truncated_normal(f"{name}.weight", module.weight, module.weight[0].numel() ** -0.5, seed)
         elif isinstance(module, nn.Linear):
             width = (2 * module.in_features) ** -0.5 if std == "auto" else std
             _truncated_normal(f"{name}.weight", module.weight, width, seed)
         elif hasattr(module, "reset_random_state"):
             module.reset_random_state(seed_of(seed, name))
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for name in ("cls_token", "pos_embed"):
         if getattr(model, name, None) is not None:
