@@ -90,6 +90,22 @@ BAD = {
     "option given twice": (["train", "--attention", "entmax:alpha=1,alpha=2"], "given twice"),
     "auto or a number": (["train", "--micro-batch", "many"], "must be a valid integer or 'auto'"),
     "action": (["runs", "delete"], "list, show, rm"),
+    "no such layer": (["train", "--attention-layers", "2-=linear"], "beyond the last layer, 1"),
+    "empty range": (["train", "--attention-layers", "1-0=linear"], "the range '1-0' is empty"),
+    "no layers": (
+        ["train", "--attention-layers", "linear"],
+        "must be layers, =, and a mechanism, such as 4-=performer",
+    ),
+    "no mechanism": (["train", "--attention-layers", "1="], "such as 4-=performer"),
+    "layers' mechanism": (["train", "--attention-layers", "1=sofmax"], "did you mean 'softmax'"),
+    "layers' option": (["compare", "--attention-layers", "1=performer:m=2"], "performer has no option 'm'"),
+    "mixed attention": (
+        ["bench", "--attention", "softmax", "--attention-layers", "0=linear"],
+        "measure it with --level model",
+    ),
+    "mechanism to check": (["check", "sofmax"], "did you mean 'softmax'"),
+    "file to check": (["check", "nowhere.py"], "no mechanism file 'nowhere.py'"),
+    "mechanism to show": (["list", "sofmax"], "did you mean 'softmax'"),
 }
 
 
@@ -109,6 +125,71 @@ def test_bad_input_is_one_line_that_names_the_remedy(name: str, tmp_path: Path, 
     assert remedy in lines[0]
     assert "Traceback" not in printed.err
     assert not (tmp_path / "results").exists(), "nothing is written for bad input"
+
+
+def run_here(*args: str) -> int:
+    """The command in this process; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vitcmp", *args])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def test_a_mixed_model_has_one_name_everywhere_and_its_record_all_layers(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.out, "width", 200)
+    study = "attention: [softmax, linear]\nattention_layers: ['1=performer:num_features=16']\ntrain_samples: 64\n"
+    (tmp_path / "study.yaml").write_text(study)
+    mixed = ["softmax,1=performer:num_features=16", "linear,1=performer:num_features=16"]
+    wanted = [f"train {name} on digits, seed 0" for name in mixed]
+    for command in ("train", "compare"):
+        assert run_here("--results", "results", command, "--config", "study.yaml", "--dry-run") == 0
+        assert [
+            line.partition(":  to")[0].removesuffix(": to do") for line in capsys.readouterr().out.splitlines()
+        ] == wanted
+    one = ["--attention", mixed[0], "--attention", "softmax", "--attention-layers", "1=performer:num_features=16"]
+    assert run_here("--results", "results", "train", *one, *TINY) == 0
+    assert capsys.readouterr().out.startswith(f"{mixed[0]}, seed 0: test")
+    (record,) = store.read(tmp_path / "results")
+    assert record.config["attention"] == ["softmax", "performer:num_features=16"]
+    assert record.id.startswith("digits-softmax-1-performer-num-features-16-s0-")
+    for command in (["runs"], ["report"], ["eval", record.id]):
+        assert run_here("--results", "results", *command) == 0
+        assert mixed[0] in capsys.readouterr().out, command
+
+
+def test_list_fits_a_terminal_and_shows_one_in_full(capsys, monkeypatch):
+    monkeypatch.setattr(cli.out, "width", 80)
+    assert run_here("list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("performer"))
+    assert line.split() == ["performer", "O(N", "m", "K)", "weights", "any", "softmax", "2009.14794"]
+    assert run_here("list", "performer:num_features=16", "softmax") == 0
+    shown = capsys.readouterr().out
+    assert "https://arxiv.org/abs/2009.14794" in shown
+    assert "num_features=auto" in shown
+    assert "Random features, m" in shown
+    assert run_here("--json", "list", "performer:num_features=16") == 0
+    (value,) = json.loads(capsys.readouterr().out)
+    assert value["options"]["num_features"]["value"] == 16
+    assert (value["has_map"], value["no_map"], value["equivariant"], value["map_note"]) == (True, "", True, "")
+
+
+def test_check_says_what_fails_and_exits_with_1(tmp_path: Path, capsys):
+    lying = tmp_path / "lying.py"
+    lying.write_text("from vitcmp.attention.linear import Config, build\ndef macs(layer, config):\n    return 7\n")
+    assert run_here("--json", "check", str(lying), "linear") == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["holds"], second["holds"]) == (False, True)
+    assert [f["check"] for f in first["findings"] if not f["holds"]] == ["macs"]
+    assert run_here("check", str(lying)) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].endswith("lying.py: 1 of 13 checks fail: macs")
+    assert "Traceback" not in printed.err
+    assert run_here("check", "linear") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "linear: all checks hold"
 
 
 def test_offline_data_says_which_file_to_put_where(tmp_path: Path):
@@ -136,7 +217,7 @@ def test_yaml_is_checked(text: str, remedy: str, tmp_path: Path):
     path = tmp_path / "study.yaml"
     path.write_text(text)
     with pytest.raises((UserError, AttentionError), match=r"study\.yaml") as caught:
-        cli._settings({}, None, None, path)
+        cli._settings({}, None, None, None, path)
     assert remedy in str(caught.value)
 
 

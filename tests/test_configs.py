@@ -17,6 +17,8 @@ from vitcmp.configs import (
     RuntimeConfig,
     TrainConfig,
     UserError,
+    attention_name,
+    by_layer,
     help_texts,
     parse_integers,
     resolve_run,
@@ -104,6 +106,45 @@ def test_flat_settings_come_back(settings: dict[str, Any]) -> None:
     # As a record brings them: through JSON, tuples are lists.
     as_json = {k: list(v) if isinstance(v, tuple) else v for k, v in run.flat().items()}
     assert RunConfig.from_flat(as_json) == run
+
+
+@pytest.mark.parametrize(
+    ("text", "depth", "specs", "name"),
+    [
+        ("softmax", 3, "softmax", "softmax"),
+        ("softmax,1=linear", 2, ("softmax", "linear"), "softmax,1=linear"),
+        ("softmax,2-=linear", 4, ("softmax", "softmax", "linear", "linear"), "softmax,2-=linear"),
+        ("softmax,0-1=linear", 3, ("linear", "linear", "softmax"), "linear,2=softmax"),
+        ("softmax,0,2=linear", 4, ("linear", "softmax", "linear", "softmax"), "linear,1+3=softmax"),
+        ("a,0-=b,1+3=c,3=d", 4, ("b", "c", "b", "d"), "b,1=c,3=d"),
+        ("a:x=1,y=2,1=b:z=3,w=4", 2, ("a:x=1,y=2", "b:z=3,w=4"), "a:x=1,y=2,1=b:z=3,w=4"),
+        ("softmax,0-=linear", 3, "linear", "linear"),
+        (("linear", "linear"), 2, "linear", "linear"),
+        (("a", "b", "b", "a", "b", "b"), 6, ("a", "b", "b", "a", "b", "b"), "a,1-2+4-=b"),
+    ],
+)
+def test_a_mechanism_a_layer(text: Any, depth: int, specs: Any, name: str) -> None:
+    model = ModelConfig(attention=text, depth=depth)
+    assert model.attention == specs
+    assert model.attention_name == attention_name(list(model.attention_specs)) == name
+    assert by_layer(name, depth) == specs
+    assert len(model.attention_specs) == depth
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("softmax,4=linear", r"'4' goes beyond the last layer, 3 \(they count from 0\)"),
+        ("softmax,0-4=linear", "'0-4' goes beyond the last layer, 3"),
+        ("softmax,4-=linear", "'4-' goes beyond the last layer, 3"),
+        ("softmax,2-1=linear", "the range '2-1' is empty"),
+        ("softmax,1--2=linear", "'1--2' names no layers; write 0, 6-11"),
+        (("softmax", "linear"), "2 attention specs were given for 4 layers"),
+    ],
+)
+def test_layers_that_are_not_there(attention: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ModelConfig(attention=attention, depth=4)
 
 
 def test_no_two_configs_share_a_name() -> None:

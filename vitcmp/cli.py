@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vitcmp import __version__, attention
 from vitcmp.configs import (
@@ -30,16 +30,29 @@ from vitcmp.configs import (
     RuntimeConfig,
     TrainConfig,
     UserError,
+    attention_name,
     help_texts,
     integers,
     resolve_run,
 )
+from vitcmp.console import (
+    counted_progress,
+    err,
+    make_list,
+    make_table,
+    out,
+    output,
+    plain,
+    short,
+    study_progress,
+    text_of,
+    training_progress,
+)
 from vitcmp.options import only, options, read_yaml, take
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from vitcmp.store import Record
+    from vitcmp.workflows.check import Finding
     from vitcmp.workflows.compare import Study
 
 RUN = (ModelConfig, DataConfig, AugmentConfig, TrainConfig)
@@ -53,35 +66,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
-
-
-@dataclasses.dataclass
-class Output:
-    """How commands print: set by the global options."""
-
-    json: bool = False
-    quiet: bool = False
-
-    def say(self, text: str) -> None:
-        """A line for a person, on stderr."""
-        if not self.quiet:
-            err.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def show(self, value: Any, text: str | Table | Callable[[], object]) -> None:
-        """The result on stdout: `value` as JSON where that was asked for, else `text` for a person."""
-        if self.json:
-            print(json.dumps(value, indent=2, default=_plain))
-        elif callable(text):
-            text()
-        elif isinstance(text, str):
-            out.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            out.print(text)
-
-
-output = Output()
 everywhere: dict[str, Any] = {}
 """The global options that are settings: results, device, data_dir."""
 
@@ -90,6 +74,16 @@ AttentionOption = Annotated[
     typer.Option(
         "--attention",
         help="Mechanism, as a spec such as performer:num_features=64; repeat it for several, or all.",
+        metavar="SPEC",
+        rich_help_panel="Model",
+    ),
+]
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--attention-layers",
+        help="Layers with another mechanism, from 0, such as 4-=performer or 0,2=linear; repeat it, the last one wins.",
+        metavar="LAYERS=SPEC",
         rich_help_panel="Model",
     ),
 ]
@@ -140,6 +134,7 @@ def global_options(
 def train(
     given: dict[str, Any],
     attention_specs: AttentionOption = None,
+    layers: LayersOption = None,
     seeds: SeedsOption = None,
     resume: Annotated[str | None, typer.Option(help="Go on with this unfinished run.")] = None,
     config: ConfigOption = None,
@@ -147,7 +142,7 @@ def train(
     dry_run: DryRunOption = False,
 ) -> None:
     """Train a model for each mechanism and seed, test each once, and record it."""
-    settings = _settings(given, attention_specs, seeds, config)
+    settings = _settings(given, attention_specs, layers, seeds, config)
     settings.pop("bench", None)
     runtime = take(settings, RuntimeConfig)
     if resume is not None:
@@ -156,13 +151,16 @@ def train(
         _resume(resume, runtime, settings, given)
         return
     specs, numbers = _grid(settings)
+    from vitcmp.workflows.train import canonical
+
     runs = [resolve_run({**settings, "attention": spec, "seed": seed}) for seed in numbers for spec in specs]
+    runs = list(dict.fromkeys(map(canonical, runs)))
     if "dataset" not in settings:
         output.say("no --dataset given: training on scikit-learn's digits (8 x 8 pixels, 64 patches)")
     if show_config:
         _show_config([run.flat() for run in runs])
     elif dry_run:
-        lines = [f"train {run.model.attention} on {run.data.dataset}, seed {run.train.seed}" for run in runs]
+        lines = [f"train {run.model.attention_name} on {run.data.dataset}, seed {run.train.seed}" for run in runs]
         output.show(lines, "\n".join(lines))
     else:
         from vitcmp.workflows.train import check
@@ -173,7 +171,7 @@ def train(
                 check(run)
         records = []
         for run in runs:
-            with _progress() as listen:
+            with training_progress() as listen:
                 records.append(workflow(run, runtime, listen=listen))
         _finish_training(records, runtime)
 
@@ -190,7 +188,7 @@ def _resume(name: str, runtime: RuntimeConfig, settings: dict[str, Any], given: 
         raise UserError(f"run '{folder.name}' is finished; there is nothing to resume")
     info = load_info(folder)
     kept = {name: value for name, value in info.logging.items() if name not in given}
-    with _progress() as listen:
+    with training_progress() as listen:
         record = workflow(info.run_config, dataclasses.replace(runtime, **kept), resume=folder, listen=listen)
     _finish_training([record], runtime)
 
@@ -203,7 +201,7 @@ def _finish_training(records: Sequence[Record], runtime: RuntimeConfig) -> None:
 
 
 def _tell_training(record: Record) -> None:
-    m, name = record.metrics, f"{record.config['attention']}, seed {record.config['seed']}"
+    m, name = record.metrics, f"{attention_name(record.config['attention'])}, seed {record.config['seed']}"
     if record.status != "ok":
         out.print(f"{name}: {record.status}: {record.error}", highlight=False, markup=False, soft_wrap=True)
         return
@@ -236,7 +234,8 @@ def evaluate(
     record, m = found.record, found.record.metrics
 
     def tell() -> None:
-        lines = [f"{record.config['attention']} on {record.config['dataset']} ({split}, {m['images']} images)"]
+        name = attention_name(record.config["attention"])
+        lines = [f"{name} on {record.config['dataset']} ({split}, {m['images']} images)"]
         if "top5_pct" in m:
             lines.append(f"top-5 {m['top5_pct']:.2f} %")
         lines.insert(1, f"top-1 {m['top1_pct']:.2f} % (95 % interval {m['top1_low_pct']:.1f} to "
@@ -247,7 +246,7 @@ def evaluate(
             [name, "–" if share is None else f"{share:.1f}", *_confused(found.confusion[i], i, found.class_names)]
             for i, (name, share) in enumerate(zip(found.class_names, found.class_top1_pct, strict=True))
         ]
-        out.print(_table(["class", "top-1 %", "most often taken for"], rows))
+        out.print(make_table(["class", "top-1 %", "most often taken for"], rows))
         out.print(f"predictions: {found.predictions}", highlight=False, soft_wrap=True)
 
     output.show(record.model_dump(), tell)
@@ -280,7 +279,7 @@ def predict(
         for p in predictions
         for i, (name, share) in enumerate(p.classes)
     ]
-    output.show([dataclasses.asdict(p) for p in predictions], _table(["image", "class", "probability %"], rows))
+    output.show([dataclasses.asdict(p) for p in predictions], make_table(["image", "class", "probability %"], rows))
 
 
 @app.command(rich_help_panel="Work")
@@ -288,43 +287,38 @@ def predict(
 def bench(
     given: dict[str, Any],
     attention_specs: AttentionOption = None,
+    layers: LayersOption = None,
     config: ConfigOption = None,
     show_config: ShowConfigOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Measure latency, throughput, peak memory and MACs over token counts."""
-    settings = _settings(given, attention_specs, None, config, BenchConfig, ModelConfig)
+    settings = _settings(given, attention_specs, layers, None, config, BenchConfig, ModelConfig)
     runtime = take(settings, RuntimeConfig)
     settings = {**settings.pop("bench", {}), **settings}
     specs, _ = _grid(settings, everything=True)
     measure = take(settings, BenchConfig)
     model = resolve_run({"dataset": "fake", **settings}).model
-    if show_config:
-        _show_config([{**dataclasses.asdict(model), **dataclasses.asdict(measure), "attention": specs}])
-        return
-    if dry_run:
-        lines = [f"bench {spec} at {tokens} tokens" for tokens in measure.token_counts for spec in specs]
-        output.show(lines, "\n".join(lines))
-        return
     from vitcmp.workflows import bench as workflow
 
     cells = workflow.cells_of(specs, model, measure)
-    with _bar("bench", len(cells)) as advance:
+    if show_config:
+        names = list(dict.fromkeys(cell.name for cell in cells))
+        _show_config([{**dataclasses.asdict(model), **dataclasses.asdict(measure), "attention": names}])
+        return
+    if dry_run:
+        lines = [f"bench {cell.name} at {cell.tokens} tokens" for cell in cells]
+        output.show(lines, "\n".join(lines))
+        return
+    with counted_progress("bench", len(cells)) as advance:
         records = workflow.run(cells, runtime, listen=lambda event: advance(event["done"]))
     columns = [
-        "attention",
-        "tokens",
-        "status",
-        "latency ms",
-        "IQR",
-        "images/s",
-        "memory MiB",
-        "MACs M",
-        "of attention M",
-    ]
+        "attention", "tokens", "status", "latency\nms", "IQR\nms", "images\n/s", "memory\nMiB", "MACs\nM",
+        "attention\nMACs M",
+    ]  # fmt: skip
     rows = [
-        [r.config["attention"], str(r.config["tokens"]), r.status,
-         *(_number(r.metrics.get(name), factor) for name, factor in (
+        [attention_name(r.config["attention"]), str(r.config["tokens"]), r.status,
+         *(short(r.metrics.get(name), factor) for name, factor in (
              ("latency_ms", 1), ("latency_iqr_ms", 1), ("throughput_img_s", 1), ("peak_memory_mib", 1),
              ("macs_g", 1000), ("attention_macs_g", 1000)))]
         for r in records
@@ -333,12 +327,15 @@ def bench(
     title = (f"{measure.mode}, one {measure.level}, batch {measure.batch_size}, "
              f"{first.metrics.get('precision_used', measure.precision)}, {first.hardware['cpu']}, "
              f"{first.hardware['threads']} threads, median of {measure.rounds}")  # fmt: skip
-    cells_out = [{"attention": r.config["attention"], "tokens": r.config["tokens"], "status": r.status, **r.metrics}
-                 for r in records]  # fmt: skip
-    output.show({"cells": cells_out}, _table(columns, rows, title))
+    cells_out = [
+        {"attention": attention_name(r.config["attention"]), "tokens": r.config["tokens"], "status": r.status,
+         **r.metrics}
+        for r in records
+    ]  # fmt: skip
+    output.show({"cells": cells_out}, make_table(columns, rows, title, lines=False))
     for record in records:
         for note in [*record.warnings, *filter(None, [record.error])]:
-            output.say(f"{record.config['attention']} at {record.config['tokens']} tokens: {note}")
+            output.say(f"{attention_name(record.config['attention'])} at {record.config['tokens']} tokens: {note}")
     if any(record.status != "ok" for record in records):
         raise typer.Exit(1)
 
@@ -403,6 +400,7 @@ def compare(
     study: Annotated[Path | None, typer.Argument(help="YAML file of settings, with attention and seeds.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The main mechanisms on digits, two seeds.")] = False,
     attention_specs: AttentionOption = None,
+    layers: LayersOption = None,
     seeds: SeedsOption = None,
     force: Annotated[bool, typer.Option("--force", help="Do finished cells again.")] = False,
     config: ConfigOption = None,
@@ -412,7 +410,7 @@ def compare(
     """Run a whole study: train every mechanism with every seed, bench, report, visualize."""
     if study is not None and config is not None:
         raise UserError(f"give the study once: '{study}' or --config '{config}'")
-    settings = _settings(given, attention_specs, seeds, study or config)
+    settings = _settings(given, attention_specs, layers, seeds, study or config)
     from vitcmp.workflows import compare as workflow
 
     if quick:
@@ -428,7 +426,7 @@ def compare(
     if dry_run:
         output.show([cell.text for cell in cells], "\n".join(cell.text for cell in cells))
         return
-    with _study_progress() as listen:
+    with study_progress() as listen:
         finished = workflow.run(cells, take(measured, BenchConfig), runtime, force, listen)
     _tell_study(finished)
     if finished.failed:
@@ -455,23 +453,122 @@ def _tell_study(study: Study) -> None:
 
 
 @app.command("list", rich_help_panel="Look up")
-def list_mechanisms() -> None:
-    """The mechanisms, with paper, cost and options."""
-    mechanisms = [attention.load(name) for name in attention.available()]
-    rows, values = [], []
-    for m in mechanisms:
-        fields = dataclasses.fields(m.config)
-        texts = help_texts(type(m.config))
-        values.append({
-            "name": m.name, "summary": m.summary, "paper": m.paper, "cost": m.cost, "has_map": m.has_map,
-            "approximates": m.approximates, "row_stochastic": m.row_stochastic,
-            "options": {f.name: {"default": f.default, "help": texts.get(f.name, "")} for f in fields},
-        })  # fmt: skip
-        facts = [f"map: {'yes' if m.has_map else 'no'}"]
-        facts += [f"approximates {m.approximates}"] if m.approximates else ["exact"]
-        described = "\n".join(f"[bold]{f.name}[/bold]={f.default}  {texts.get(f.name, '')}" for f in fields)
-        rows.append([f"[bold]{m.name}[/bold]", f"{m.summary}\n{m.cost}; {', '.join(facts)}\n{m.paper}", described])
-    output.show(values, _table(["mechanism", "what it is", "options"], rows, lines=True, markup=True))
+def list_mechanisms(
+    specs: Annotated[list[str] | None, typer.Argument(help="Mechanisms to show in full, with their options.")] = None,
+) -> None:
+    """The mechanisms, with paper, cost and map; of one, its options too."""
+    mechanisms = []
+    for spec in specs or attention.available():
+        try:
+            mechanisms.append(attention.load(spec))
+        except attention.AttentionError as error:
+            # One broken package must not hide the rest.
+            if specs:
+                raise
+            output.say(f"not listed: {error}")
+    values = [_facts_of(m) for m in mechanisms]
+    output.show(values, lambda: list(map(_tell_mechanism, values)) if specs else _tell_mechanisms(values))
+
+
+def _tell_mechanisms(values: list[dict[str, Any]]) -> None:
+    rows = [
+        [v["name"], v["cost"], "no" if v["no_map"] else "weights" if v["row_stochastic"] else "yes",
+         "any" if v["equivariant"] else "grid", v["approximates"] or "–",
+         re.sub(r"https?://(arxiv\.org/abs/)?", "", v["paper"])]
+        for v in values
+    ]  # fmt: skip
+    sharing: dict[str, list[str]] = {}
+    for v in values:
+        if v["map_note"]:
+            sharing.setdefault(v["map_note"], []).append(v["name"])
+    notes = [
+        "",
+        *(f"no map of {v['name']}: {v['no_map']}" for v in values if v["no_map"]),
+        *(f"{note}: {', '.join(names)}" for note, names in sharing.items()),
+        "map: weights are not negative and sum to 1 in a row; yes: any numbers",
+        "order: any, where permuted tokens permute the output; grid, where it knows their places",
+        "paper: on arXiv.org; `vitcmp list NAME` tells more, and the options",
+    ]
+    out.print(make_table(["mechanism", "cost a head", "map", "order", "estimates", "paper"], rows, "", notes, False))
+
+
+def _tell_mechanism(v: dict[str, Any]) -> None:
+    rows = "its rows are weights" if v["row_stochastic"] else "its rows are no weights"
+    facts = {
+        "paper": v["paper"] or "–",
+        "cost": f"{v['cost'] or '–'} a head",
+        "map": f"no: {v['no_map']}" if v["no_map"] else ", ".join(filter(None, ["yes", rows, v["map_note"]])),
+        "approximates": v["approximates"] or "nothing: it is its own",
+        "order": "permuted tokens permute the output" if v["equivariant"] else "knows where its tokens lie",
+        "options": "none" if not v["options"] else "",
+        **{f"  {name}={o['default']}": o["help"] for name, o in v["options"].items()},
+    }
+    out.print(make_list(f"{v['name']}: {v['summary']}", facts), "")
+
+
+def _facts_of(m: attention.Mechanism) -> dict[str, Any]:
+    """All that is known of a mechanism without building it."""
+    texts = {name: " ".join(text.split()) for name, text in help_texts(type(m.config)).items()}
+    options = {
+        f.name: {"default": f.default, "value": getattr(m.config, f.name), "help": texts.get(f.name, "")}
+        for f in dataclasses.fields(m.config)
+    }
+    names = "name summary paper cost has_map no_map map_note row_stochastic equivariant approximates"
+    return {**{name: getattr(m, name) for name in names.split()}, "options": options}
+
+
+@app.command(rich_help_panel="Look up")
+def check(
+    specs: Annotated[
+        list[str], typer.Argument(help="Mechanisms, as specs or as files of your own, or all.", metavar="SPEC|FILE...")
+    ],
+) -> None:
+    """Measure whether a mechanism keeps its contract: shapes, map, gradients, multiply-adds and more."""
+    from vitcmp.workflows import check as workflow
+
+    names = list(dict.fromkeys(attention.available() if "all" in specs else specs))
+    mechanisms = [attention.load(name) for name in names]
+    done = count(1)
+    with counted_progress("check", len(mechanisms) * len(workflow.CHECKS)) as advance:
+        results = {m.spec: workflow.run(m.spec, lambda finding: advance(next(done))) for m in mechanisms}
+    values = [
+        {
+            "spec": spec,
+            "holds": all(f.holds for f in findings),
+            "findings": [
+                {"check": f.check, "meaning": workflow.MEANING[f.check], "applies": f.applies,
+                 "measured": _finite(f.measured), "bound": _finite(f.bound), "holds": f.holds, "note": f.note}
+                for f in findings
+            ],
+        }
+        for spec, findings in results.items()
+    ]  # fmt: skip
+
+    def tell() -> None:
+        for spec, findings in results.items():
+            _tell_check(spec, findings, workflow.MEANING)
+
+    output.show(values, tell)
+    if not all(value["holds"] for value in values):
+        raise typer.Exit(1)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is None or math.isfinite(value) else None
+
+
+def _tell_check(spec: str, findings: Sequence[Finding], meaning: dict[str, str]) -> None:
+    rows = [
+        [f.check, meaning[f.check], "–" if f.measured is None else f"{f.measured:.2g}", f"{f.bound:g}",
+         ("yes" if f.holds else "NO") if f.applies else "n/a"]
+        for f in findings
+    ]  # fmt: skip
+    notes = [f"{f.check}: {f.note}" for f in findings if f.note]
+    out.print(make_table(["check", "what it means", "measured", "bound", "holds"], rows, spec, notes))
+    failed = [f.check for f in findings if not f.holds]
+    verdict = f"{len(failed)} of {len(findings)} checks fail: {', '.join(failed)}" if failed else "all checks hold"
+    out.print(f"{spec}: {verdict}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(rich_help_panel="Look up")
@@ -491,14 +588,14 @@ def runs(
     if action == "list":
         rows = workflow.overview(results)
         columns = ["run", "status", "attention", "dataset", "seed", "epochs", "top1_pct"]
-        text = [[_cell(row[column]) for column in columns] for row in rows]
-        output.show(rows, _table(columns, text) if rows else f"no runs in {results}; `vitcmp train` makes one")
+        table = make_table(columns, [[text_of(row[name]) for name in columns] for row in rows], lines=False)
+        output.show(rows, table if rows else f"no runs in {results}; `vitcmp train` makes one")
         return
     if run is None:
         raise UserError(f"`vitcmp runs {action}` needs a run; `vitcmp runs` lists them")
     if action == "show":
         shown = workflow.show(results, run)
-        output.show(shown, json.dumps(shown, indent=2, default=_plain))
+        output.show(shown, json.dumps(shown, indent=2, default=plain))
     else:
         folder = workflow.remove(results, run)
         output.show({"removed": folder}, f"removed {folder}; its record stays in the store")
@@ -511,12 +608,13 @@ def doctor(given: dict[str, Any], config: ConfigOption = None) -> None:
     from vitcmp.workflows.doctor import run as workflow
 
     facts = workflow(_runtime(given, config))
-    output.show(facts, _table(["what", "found"], [[name, text] for name, text in facts.items()]))
+    output.show(facts, make_table(["what", "found"], [[name, text] for name, text in facts.items()]))
 
 
 def _settings(
     given: dict[str, Any],
     specs: list[str] | None,
+    layers: list[str] | None,
     seeds: str | None,
     file: Path | None,
     *classes: type[Any],
@@ -526,6 +624,8 @@ def _settings(
     settings |= {**everywhere, **given}
     if specs:
         settings["attention"] = specs
+    if layers:
+        settings["attention_layers"] = layers
     if seeds is not None:
         settings["seeds"] = seeds
     return settings
@@ -533,142 +633,32 @@ def _settings(
 
 def _runtime(given: dict[str, Any], file: Path | None) -> RuntimeConfig:
     """For commands that need to know no more than where things are; the rest of a file is not for them."""
-    return take(only(_settings(given, None, None, file), RuntimeConfig), RuntimeConfig)
+    return take(only(_settings(given, None, None, None, file), RuntimeConfig), RuntimeConfig)
 
 
 def _grid(settings: dict[str, Any], everything: bool = False) -> tuple[list[str], list[int]]:
-    """Take mechanisms (canonical, each once) and seeds out of `settings`; none given: softmax, or everything."""
+    """Take mechanisms, with those of other layers, and seeds out of `settings`; none given: softmax, or everything."""
     own = PRESETS.get(settings.get("preset", ""), {}).get("attention", GridConfig.attention)
     named = settings.pop("attention", "all" if everything else own)
     named = [named] if isinstance(named, str) else list(named)
+    layers = settings.pop("attention_layers", ())
+    layers = [layers] if isinstance(layers, str) else list(layers)
     seeds = settings.pop("seeds", settings.pop("seed", 0))
     numbers = integers(seeds)
     if not named or not numbers:
         raise UserError(f"{'attention' if not named else 'seeds'} must name at least one")
+    for text in layers:
+        if not re.fullmatch(r"\d[\d,+-]*=.+", text):
+            raise UserError(f"attention_layers: '{text}' must be layers, =, and a mechanism, such as 4-=performer")
     specs = attention.available() if "all" in named else named
-    return list(dict.fromkeys(attention.canonical(spec) for spec in specs)), list(numbers)
+    return [",".join([spec, *layers]) for spec in specs], list(numbers)
 
 
 def _show_config(configs: list[dict[str, Any]]) -> None:
     import yaml
 
-    text = "---\n".join(yaml.safe_dump(json.loads(json.dumps(c, default=_plain)), sort_keys=False) for c in configs)
+    text = "---\n".join(yaml.safe_dump(json.loads(json.dumps(c, default=plain)), sort_keys=False) for c in configs)
     output.show(configs, text.rstrip())
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What listens to one training run: a bar on a terminal, a line an epoch elsewhere."""
-    with _live() as bar:
-        task = bar.add_task("", total=1.0, facts="")
-
-        def listen(event: dict[str, Any]) -> None:
-            kind = event["event"]
-            if kind == "start":
-                for note in event["notes"]:
-                    output.say(f"note: {note}")
-                output.say(f"run {event['run']}")
-            elif kind == "note":
-                output.say(event["text"])
-            elif kind == "step":
-                done = (event["epoch"] + event["done"]) / event["epochs"]
-                bar.update(task, completed=done, description=f"epoch {event['epoch'] + 1}/{event['epochs']}",
-                           facts=_step_facts(event))  # fmt: skip
-            elif kind == "epoch" and not bar.live.is_started:
-                output.say(_epoch_line(event))
-
-        yield listen
-
-
-@contextmanager
-def _study_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What listens to a study: one line, with the time left over all its training cells."""
-    with _live() as bar:
-        task = bar.add_task("", total=1.0, facts="")
-        place = {"number": 0, "total": 1, "text": ""}
-
-        def listen(event: dict[str, Any]) -> None:
-            kind = event["event"]
-            if kind == "cell":
-                place.update(event)
-                text = f"{event['number'] + 1}/{event['total']} {event['text']}"
-                bar.update(task, completed=event["number"] / event["total"], description=text, facts="")
-                if not bar.live.is_started:
-                    output.say(text)
-            elif kind == "step":
-                done = (event["epoch"] + event["done"]) / event["epochs"]
-                bar.update(task, completed=(place["number"] + done) / place["total"], facts=_step_facts(event))
-            elif kind == "stage":
-                bar.update(task, completed=1.0, description=event["text"], facts="")
-                if not bar.live.is_started:
-                    output.say(event["text"])
-            elif kind == "note":
-                output.say(event["text"])
-
-        yield listen
-
-
-def _live() -> Progress:
-    """A progress bar on stderr, on a terminal only."""
-    return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(bar_width=16),
-        TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[facts]}"),
-        TimeRemainingColumn(), TextColumn("left"),
-        console=err, transient=True, disable=output.quiet or not err.is_terminal,
-    )  # fmt: skip
-
-
-def _step_facts(event: dict[str, Any]) -> str:
-    return f"loss {event['loss']:.3f}  top-1 {event['top1_pct']:.1f} %  {event['throughput_img_s']:,.0f} img/s"
-
-
-def _epoch_line(event: dict[str, Any]) -> str:
-    return (
-        f"epoch {event['epoch']}/{event['epochs']}: loss {event['train_loss']:.3f}, "
-        f"validation {event['validation_top1_pct']:.2f} %, {event['images'] / event['train_seconds']:,.0f} images/s"
-    )
-
-
-@contextmanager
-def _bar(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A plain bar over a known number of things."""
-    with _live() as bar:
-        task = bar.add_task(text, total=total, facts="")
-        yield lambda done: bar.update(task, completed=done)
-
-
-def _table(
-    columns: Sequence[str], rows: list[list[str]], title: str = "", lines: bool = False, markup: bool = False
-) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=title or None, title_justify="left", show_lines=lines)
-    for place, column in enumerate(columns):
-        numeric = bool(rows) and all(_is_number(row[place]) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell if markup else escape(cell) for cell in row))
-    return table
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "", 1).replace("-", "", 1).isdigit() or text in ("", "–")
-
-
-def _number(value: float | None, factor: float = 1) -> str:
-    if value is None:
-        return "–"
-    value *= factor
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value)
 
 
 # The base of all of Typer's complaints; it has no public name that old and new versions share.

@@ -14,7 +14,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -45,7 +45,7 @@ class ModelConfig:
     preset: str = "vit-48x4"
     """Named sizes: vit, vitl, vitx, vit-48x4, tiny, vit-tiny-16-224, vit-small-16-224, vit-base-16-224."""
     attention: str | tuple[str, ...] = "softmax"
-    """Mechanism, as a spec (`performer:num_features=64`); from Python, also one a layer."""
+    """Mechanism, as a spec (`performer:num_features=64`), or one a layer (`softmax,4-=performer`, or a tuple)."""
     image_size: int | tuple[int, int] | None = None
     """Side of the image in pixels; images of another size are resized to it (default: the data's own)."""
     channels: int | None = None
@@ -87,12 +87,12 @@ class ModelConfig:
             positive="image_size channels num_classes patch_size dim depth num_heads mlp_dim init_std",
             below_one="dropout attention_dropout drop_path",
         )
+        # Read here, so that a model has one form however it was written.
+        object.__setattr__(self, "attention", by_layer(self.attention, self.depth))
         if self.dim % self.num_heads:
             raise UserError(f"dim ({self.dim}) must be divisible by num_heads ({self.num_heads})")
         if self.stem != "linear" and self.dim % 4:
             raise UserError(f"dim ({self.dim}) must be divisible by 4 for the stem '{self.stem}'")
-        if isinstance(self.attention, tuple) and len(self.attention) != self.depth:
-            raise UserError(f"{len(self.attention)} attention specs were given for {self.depth} layers")
         if self.image_size is not None and isinstance(self.patch_size, int):
             for side in self.image_hw:
                 if side % self.patch_size:
@@ -118,6 +118,11 @@ class ModelConfig:
     def attention_specs(self) -> tuple[str, ...]:
         """One spec a layer."""
         return self.attention if isinstance(self.attention, tuple) else (self.attention,) * self.depth
+
+    @property
+    def attention_name(self) -> str:
+        """The mechanism in one word, as in `attention_name`."""
+        return attention_name(self.attention)
 
 
 @dataclass(frozen=True)
@@ -239,6 +244,8 @@ class GridConfig:
 
     attention: str | tuple[str, ...] = "softmax"
     """Mechanism, as a spec such as performer:num_features=64; repeat it for several, or all."""
+    attention_layers: str | tuple[str, ...] = ()
+    """Layers with another mechanism, such as 4-=performer or 0,2=linear; from 0; repeat it, the last one counts."""
     seeds: int | str | tuple[int, ...] = 0
     """Seeds, such as 0-2 or 0,5."""
 
@@ -330,6 +337,69 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 
 Config = TypeVar("Config")
+
+LAYERS = re.compile(r",(\d[\d,+-]*)=")
+"""What in a spec begins other layers' mechanism; the names of options begin with a letter."""
+
+
+def by_layer(attention: str | tuple[str, ...], depth: int) -> str | tuple[str, ...]:
+    """`softmax,4-=performer` as one spec a layer, of `depth`; one spec alone where all are equal.
+
+    Layers count from 0: `0`, `6-11`, `4-` (to the last), `0,2` or `0+2`. What comes later wins.
+
+    Raises: UserError for a layer that the model has not, an empty range, or another number of specs than layers.
+    """
+    if isinstance(attention, str):
+        first, *rest = LAYERS.split(attention)
+        specs = [first] * depth
+        for text, spec in zip(rest[::2], rest[1::2], strict=True):
+            for layer in _layers(text, depth):
+                specs[layer] = spec
+        attention = tuple(specs)
+    elif len(attention) != depth:
+        raise UserError(f"{len(attention)} attention specs were given for {depth} layers; give one, or one a layer")
+    return attention[0] if len(set(attention)) == 1 else attention
+
+
+def _layers(text: str, depth: int) -> list[int]:
+    """The layers that `0`, `6-11`, `4-` or `0,2` names."""
+    layers: list[int] = []
+    for part in re.split("[,+]", text):
+        match = re.fullmatch(r"(\d+)(-(\d*))?", part)
+        if match is None:
+            raise UserError(f"attention_layers: '{text}' names no layers; write 0, 6-11, 4- or 0,2")
+        low, last = int(match[1]), depth - 1
+        high = low if match[2] is None else int(match[3] or last)
+        if max(low, high) > last:
+            raise UserError(f"attention_layers: '{text}' goes beyond the last layer, {last} (they count from 0)")
+        if high < low:
+            raise UserError(f"attention_layers: the range '{part}' is empty; write the lower layer first")
+        layers += range(low, high + 1)
+    return layers
+
+
+def attention_name(attention: str | Sequence[str]) -> str:
+    """How tables and figures call a mechanism: by its spec; of one a layer, the first layer's and what differs.
+
+    Equal models have equal names, and `by_layer` reads them: `softmax,4-=performer`, `softmax,1+3=linear`.
+    """
+    if isinstance(attention, str):
+        return attention
+    places: dict[str, list[int]] = {}
+    for layer, spec in enumerate(attention):
+        places.setdefault(spec, []).append(layer)
+    (first, _), *others = places.items()
+    return ",".join([first, *(f"{_ranges(layers, len(attention))}={spec}" for spec, layers in others)])
+
+
+def _ranges(layers: list[int], depth: int) -> str:
+    """Ascending layers as `0+2-4+7-`."""
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    return "+".join(
+        f"{low}" if low == high else f"{low}-" if high == depth - 1 else f"{low}-{high}"
+        for low, high in zip(starts, ends, strict=True)
+    )
 
 
 def choose(value: str, known: Iterable[str], what: str) -> str:

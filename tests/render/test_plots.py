@@ -61,7 +61,7 @@ def test_pareto_keeps_ties_and_drops_nan() -> None:
 
 def test_a_mechanism_looks_the_same_in_every_figure_and_like_no_other() -> None:
     others = [f"performer:num_features={i}" for i in range(40)]
-    names = [*attention.available(), *others]
+    names = [*attention.available(own=True), *others]
     looks = [plots.style(name, names) for name in names]
     assert len({look[:2] for look in looks}) == len(names)
     assert plots.style("softmax") == plots.style("softmax", others)

@@ -201,11 +201,6 @@ def test_no_records_no_tables() -> None:
     assert tables.scaling(pd.DataFrame()).empty
 
 
-def test_a_mechanism_a_layer_has_one_label() -> None:
-    assert tables.label(("softmax", "softmax", "linear")) == "2 x softmax + 1 x linear"
-    assert tables.label(("linear", "linear")) == "linear"
-
-
 def test_scaling_keeps_the_newest_and_the_status(records: Records) -> None:
     records.bench(latency=9.0)
     records.bench(latency=2.0, latency_samples_ms=[1.0, 2.0, 3.0, 4.0, 5.0])

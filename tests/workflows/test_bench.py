@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vitcmp import store
-from vitcmp.configs import BenchConfig, RuntimeConfig, resolve_run
+from vitcmp.configs import BenchConfig, RuntimeConfig, UserError, resolve_run
 from vitcmp.metrics.latency import interleaved_ms, median_and_iqr
 from vitcmp.workflows import bench
 
@@ -49,6 +49,20 @@ def test_a_failing_cell_is_a_record_and_the_others_are_whole(tmp_path: Path):
     records = bench.run(bench.cells_of([str(mine), "linear"], MODEL, QUICK), runtime)
     assert [(r.status, r.error) for r in records] == [("oom", "MemoryError: too much"), ("ok", None)]
     assert len(store.read(tmp_path / "results")) == 2
+
+
+def test_a_mixed_model_is_one_cell_however_it_is_written(tmp_path: Path):
+    whole = replace(QUICK, level="model")
+    cells = bench.cells_of(["softmax,2-=linear:eps=1e-6", "softmax:impl=auto,2+3=linear"], MODEL, whole)
+    assert [cell.name for cell in cells] == ["softmax,2-=linear"]
+    (record,) = bench.run(cells, RuntimeConfig(results=str(tmp_path)))
+    assert record.status == "ok", record.error
+    assert record.config["attention"] == ("softmax", "softmax", "linear", "linear")
+    alone = [bench.cells_of([spec], MODEL, whole)[0] for spec in ("softmax", "linear")]
+    macs = [r.metrics["attention_macs_g"] for r in bench.run(alone, RuntimeConfig(results=str(tmp_path)))]
+    assert record.metrics["attention_macs_g"] == pytest.approx(sum(macs) / 2)
+    with pytest.raises(UserError, match=r"'softmax,2-=linear' mixes mechanisms over layers: .* --level model"):
+        bench.cells_of(["softmax,2-=linear"], MODEL, QUICK)
 
 
 def test_finished_cells_are_skipped_unless_forced(tmp_path: Path):

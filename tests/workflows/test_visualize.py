@@ -1,3 +1,4 @@
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ NO_MAP = '''"""Mixes channels, so that it has no map."""
 from dataclasses import dataclass
 from torch import nn
 
-HAS_MAP = False
+NO_MAP = "it mixes channels"
 
 @dataclass(frozen=True)
 class Config:
@@ -116,17 +117,29 @@ def test_a_mechanism_without_a_map_says_so(results, tmp_path):
     runs = ["mapless", f"{results}/runs/a"]
     drawn = visualize.run(runs, str(tmp_path), device="cpu", what=["rollout", "profiles", "maps"])
     assert {path.name for path in drawn.paths} == {"a-maps.png", "comparison.png", "profiles.png"}
-    assert any("mine.py has no attention map" in note for note in drawn.notes)
+    assert any("mine.py has no attention map: it mixes channels" in note for note in drawn.notes)
     mapless, other = visualize._subjects(runs, str(tmp_path), torch.device("cpu"))
     picture = visualize._Picture(torch.zeros(1, 8, 8, dtype=torch.uint8), "black", "")
     x, artist = mapless.to_input(picture.pixels.unsqueeze(0)), visualize._Artist(tmp_path, None, {"rollout"})
     cells, _ = artist._views(mapless, x, np.zeros((8, 8)), picture)
-    assert "has no attention map" in cells["mean attention, last layer"]
+    assert "has no attention map: it mixes channels" in cells["mean attention, last layer"]
     assert cells["rollout"] == "no rollout without attention maps"
     cells, _ = artist._views(other, x, np.zeros((8, 8)), picture)
     assert cells["rollout"].shape == (8, 8)
-    with pytest.raises(UserError, match="has no attention map"):
+    with pytest.raises(UserError, match="has no attention map: it mixes channels"):
         visualize.run(["mapless"], str(tmp_path), device="cpu", what=["profiles"])
+
+
+def test_a_mixed_model_says_which_layer_has_no_map(results, tmp_path):
+    (tmp_path / "mine.py").write_text(NO_MAP)
+    make_run(tmp_path, "mixed", attention=f"softmax,1={tmp_path / 'mine.py'}")
+    make_run(tmp_path, "mapped", attention="softmax,1=linear")
+    assert set(draw(str(tmp_path), "mapped", what=["maps", "profiles"])) == {"mapped-maps.png", "mapped-profiles.png"}
+    drawn = visualize.run(["mixed", "mapped"], str(tmp_path), device="cpu", what=["rollout", "profiles"])
+    reason = rf"no attention map in layer 1 \({tmp_path / 'mine.py'}\): it mixes channels"
+    assert any(re.search(reason, note) for note in drawn.notes)
+    with pytest.raises(UserError, match=reason):
+        load_run("mixed", str(tmp_path)).model(torch.zeros(1, 1, 8, 8), return_maps=True)
 
 
 def test_without_grad_cam_all_draws_the_rest(results, tmp_path, monkeypatch):
@@ -165,6 +178,19 @@ def test_caveats_are_stated_for_maps_that_are_no_weights(results):
     assert visualize.caveats_of(model, [signed]) == "Entries go down to -0.5 and rows sum to -0.5 … 0."
     model.blocks[0].attention.conv = torch.nn.Conv1d(1, 1, 3)
     assert "without Conv1d" in visualize.caveats_of(model, [torch.full((1, 4, 64, 64), 1 / 64)])
+
+
+def test_captions_say_what_the_map_leaves_out(tmp_path):
+    noted = tmp_path / "noted.py"
+    noted.write_text(
+        "from vitcmp.attention.linear import Config, build, macs\nMAP_NOTE = 'map without the convolution'\n"
+    )
+    for spec, caveat in (
+        (str(noted), "Map without the convolution."),
+        (f"linear,1={noted}", f"Map without the convolution of {noted}."),
+    ):
+        model = ViT(resolve_run({"attention": spec}).model)
+        assert visualize.caveats_of(model, [torch.full((1, 4, 64, 64), 1 / 64)]) == caveat
 
 
 def test_mistakes_name_the_remedy(results, tmp_path):

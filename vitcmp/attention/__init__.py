@@ -1,5 +1,7 @@
 """Attention mechanisms, a file each: `available()` names them, `load(spec)` brings one.
 
+Installed packages may offer more, in the entry-point group `vitcmp.attention`: a name, and the module that has it.
+
     >>> from vitcmp import attention
     >>> mechanism = attention.load("entmax:alpha=1.25")
     >>> layer = attention.LayerConfig(dim=64, num_heads=4, grid=attention.TokenGrid(8, 8))
@@ -12,16 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from torch import nn
 
     from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, attention_map
@@ -30,6 +36,9 @@ __all__ = [
     "AttentionError", "DegenerateWarning", "LayerConfig", "Mechanism", "MultiHead", "TokenGrid",
     "attention_map", "available", "canonical", "load",
 ]  # fmt: skip
+
+GROUP = "vitcmp.attention"
+"""The entry points of other packages' mechanisms."""
 
 
 class AttentionError(ValueError):
@@ -82,7 +91,7 @@ class Mechanism:
 
     @property
     def map_note(self) -> str:
-        """What the map leaves out, such as a convolution of the values; empty where it is the whole."""
+        """What figures say of the map, such as `map without the convolution`; empty where it is the whole."""
         return getattr(self.module, "MAP_NOTE", "")
 
     @property
@@ -107,10 +116,11 @@ class Mechanism:
 
     @property
     def digest(self) -> str | None:
-        """SHA-256 of the file of a mechanism that is not part of vitcmp, else None."""
-        if not self.name.endswith(".py"):
+        """SHA-256 of the module's file where the mechanism is not part of vitcmp, else None."""
+        if self.module.__name__.startswith(f"{__name__}."):
             return None
-        return hashlib.sha256(Path(self.name).read_bytes()).hexdigest()
+        file = self.name if self.name.endswith(".py") else str(self.module.__file__)
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     def build(self, layer: LayerConfig) -> nn.Module:
         """The attention block of one layer: [B, N, dim] -> [B, N, dim].
@@ -128,9 +138,10 @@ class Mechanism:
         return self.macs(layer) + self.num_projections * layer.grid.num_tokens * layer.dim**2
 
 
-def available() -> list[str]:
-    """The names of all mechanisms, sorted."""
-    return sorted(p.stem.replace("_", "-") for p in Path(__file__).parent.glob("[!_]*.py"))
+def available(own: bool = False) -> list[str]:
+    """The names of all mechanisms, sorted; with `own`, without those of other packages."""
+    names = {p.stem.replace("_", "-") for p in Path(__file__).parent.glob("[!_]*.py")}
+    return sorted(names if own else names | _installed().keys())
 
 
 def load(spec: str) -> Mechanism:
@@ -159,12 +170,47 @@ def canonical(spec: str) -> str:
 def _module(name: str) -> ModuleType:
     if name.endswith(".py"):
         return _file(Path(name))
-    dashed = name.replace("_", "-")
-    if dashed not in available():
-        near = difflib.get_close_matches(dashed, available(), n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise AttentionError(f"unknown attention '{name}'; {hint}available: {', '.join(available())}")
-    return importlib.import_module(f"vitcmp.attention.{dashed.replace('-', '_')}")
+    dashed, installed = name.replace("_", "-"), _installed()
+    if dashed in available(own=True):
+        return importlib.import_module(f"{__name__}.{dashed.replace('-', '_')}")
+    if dashed in installed:
+        return _package(installed[dashed])
+    near = difflib.get_close_matches(dashed, available(), n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise AttentionError(f"unknown attention '{name}'; {hint}available: {', '.join(available())}")
+
+
+@functools.cache
+def _installed() -> dict[str, EntryPoint]:
+    """What other packages offer, by name; vitcmp's own names are not theirs to take."""
+    from importlib.metadata import entry_points
+
+    found: dict[str, EntryPoint] = {}
+    own = available(own=True)
+    for entry in entry_points(group=GROUP):
+        name = entry.name.replace("_", "-")
+        taken = "vitcmp" if name in own else _owner(found[name]) if name in found else ""
+        if taken:
+            warnings.warn(f"the mechanism '{name}' of {_owner(entry)} is not used: {taken} has one of that name; give "
+                          "it another name, or give the path of its file", stacklevel=2)  # fmt: skip
+        else:
+            found[name] = entry
+    return found
+
+
+def _owner(entry: EntryPoint) -> str:
+    return f"the package {entry.dist.name}" if entry.dist else entry.value
+
+
+def _package(entry: EntryPoint) -> ModuleType:
+    """Another package's mechanism."""
+    try:
+        module = entry.load()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise AttentionError(f"cannot import {entry.value} of {_owner(entry)} ({reason}); uninstall it") from error
+    _check(module, f"{entry.value} of {_owner(entry)}")
+    return module
 
 
 def _file(path: Path) -> ModuleType:
@@ -180,15 +226,25 @@ def _file(path: Path) -> ModuleType:
         sys.modules[name] = module
         try:
             specification.loader.exec_module(module)
-            missing = [needed for needed in ("Config", "build", "macs") if not hasattr(module, needed)]
-            if missing:
-                raise AttentionError(f"{path} lacks {', '.join(missing)}: a mechanism has Config, build and macs")
+            _check(module, str(path))
         except Exception as error:
             del sys.modules[name]
             if isinstance(error, AttentionError):
                 raise
             raise AttentionError(f"cannot import {path} ({type(error).__name__}: {error}); mend the file") from error
     return sys.modules[name]
+
+
+def _check(module: ModuleType, what: str) -> None:
+    """Raise AttentionError where someone else's module is no mechanism."""
+    missing = [needed for needed in ("Config", "build", "macs") if not hasattr(module, needed)]
+    if missing:
+        raise AttentionError(f"{what} lacks {', '.join(missing)}: a mechanism has Config, build and macs")
+    if not dataclasses.is_dataclass(module.Config):
+        raise AttentionError(f"{what}: Config must be a dataclass; put @dataclass(frozen=True) above it")
+    for field in dataclasses.fields(module.Config):
+        if field.default is dataclasses.MISSING:
+            raise AttentionError(f"{what}: the option '{field.name}' needs a default in Config")
 
 
 def _text(value: Any) -> str:

@@ -2,63 +2,89 @@
 
     A = entmax_alpha(q k^T / sqrt(K)),   p_i = [(alpha - 1) z_i - tau]_+ ^ (1 / (alpha - 1)), tau such that sum p = 1
 
-alpha = 1 is softmax, alpha = 2 is sparsemax; between them, the larger alpha, the sparser (Peters, Niculae and
-Martins, 2019, equation 8). The threshold is found by the `entmax` package: by sorting for 1.5 and 2, by bisection
-else; neither costs multiply-adds.
+alpha = 1 is softmax, alpha = 2 is sparsemax; the larger alpha, the sparser (Peters, Niculae and Martins, 2019,
+equation 8). A learned alpha is one a head, between 1 and 2 (Correia, Niculae and Martins, 2019,
+https://arxiv.org/abs/1909.00015). The threshold is exact, found by Newton's method; that costs no multiply-adds, and
+those stated are all of both products, of which zeros save a part.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from entmax import entmax15, entmax_bisect, sparsemax
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
+from vitcmp.attention._entmax import attend_in_torch, attend_on_cpu
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+from vitcmp.attention.softmax import SoftmaxAttention
 
 PAPER = "https://arxiv.org/abs/1905.05702"
-COST = "O(N^2 K + N^2 log N)"
+COST = "O(N^2 K)"
 ROW_STOCHASTIC = True
+
+Impl = Literal["auto", "numba", "torch", "package"]
 
 
 @dataclass(frozen=True)
 class Config:
-    alpha: float = 1.5
-    """Sparsity, 1 (softmax) or more; 2 is sparsemax."""
+    alpha: float | Literal["learned"] = 1.5
+    """Sparsity, 1 (softmax) or more; 2 is sparsemax; learned: one a head, between 1.01 and 1.99, from 1.5."""
+    impl: Impl = "auto"
+    """auto: numba on the CPU, torch elsewhere; package: the entmax package (sorting, or bisection)."""
 
 
 class EntmaxAttention(nn.Module):
     """Shapes: q, k, v and the result are [B, H, N, K]. Weights are computed in fp32 at least."""
 
-    def __init__(self, alpha: float, dropout: float) -> None:
+    def __init__(self, alpha: float | Literal["learned"], num_heads: int, impl: str, dropout: float) -> None:
         super().__init__()
-        self.alpha, self.dropout = alpha, dropout
+        self.fixed_alpha, self.impl, self.dropout = alpha, impl, dropout
+        if alpha == "learned":
+            self.raw_alpha = nn.Parameter(torch.zeros(1, num_heads, 1, 1))
+
+    def alpha(self, like: Tensor) -> Tensor:
+        """[1, 1 or H, 1, 1], of the type of `like`."""
+        if self.fixed_alpha == "learned":
+            # The gradient carries 1 / (alpha - 1)^2: alpha stays off 1, and off 2, where sparsemax begins.
+            return 1.01 + 0.98 * self.raw_alpha.to(like.dtype).sigmoid()
+        return like.new_full((1, 1, 1, 1), self.fixed_alpha)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = wide(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1))  # [B, H, N, N]
+        dtype, dropout = v.dtype, self.dropout if self.training else 0.0
         with torch.autocast(q.device.type, enabled=False):
-            weights = self._weights(scores)
-        return F.dropout(weights, self.dropout, self.training).to(v.dtype) @ v
+            q, k, v = wide(q), wide(k), wide(v)
+            alpha = self.alpha(q)
+            if self.impl == "package":
+                return (F.dropout(self._package(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)), dropout) @ v).to(dtype)
+            if self.impl == "numba" or (self.impl == "auto" and q.device.type == "cpu" and not dropout):
+                return attend_on_cpu(q, k, v, alpha).to(dtype)
+            convex = self.fixed_alpha == "learned" or self.fixed_alpha <= 2
+            return attend_in_torch(q, k, v, alpha, convex, dropout).to(dtype)
 
-    def _weights(self, scores: Tensor) -> Tensor:
-        # The package's bisection returns the uniform distribution at alpha = 1.
-        if self.alpha == 1:
-            return scores.softmax(dim=-1)
-        if self.alpha == 1.5:
-            return entmax15(scores, dim=-1)
-        if self.alpha == 2:
-            return sparsemax(scores, dim=-1)
-        return entmax_bisect(scores, alpha=self.alpha, dim=-1)
+    def _package(self, scores: Tensor) -> Tensor:
+        import entmax
+
+        if self.fixed_alpha == 1.5:
+            return entmax.entmax15(scores, dim=-1)
+        if self.fixed_alpha == 2:
+            return entmax.sparsemax(scores, dim=-1)
+        return entmax.entmax_bisect(scores, alpha=self.alpha(scores), dim=-1)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:
-    if not 1 <= config.alpha < math.inf:
-        raise AttentionError(f"entmax: alpha ({config.alpha}) must be 1 or more, and finite")
-    return MultiHead(layer, core=EntmaxAttention(config.alpha, layer.dropout))
+    if config.alpha != "learned" and not 1 <= config.alpha < math.inf:
+        raise AttentionError(f"entmax: alpha ({config.alpha}) must be 1 or more, and finite, or learned")
+    if config.impl == "numba" and layer.dropout:
+        raise AttentionError(f"entmax: impl=numba keeps no weights to drop; set attention_dropout ({layer.dropout}) to "
+                             "0, or impl to torch")  # fmt: skip
+    if config.alpha == 1:  # the limit has a closed form
+        return MultiHead(layer, SoftmaxAttention("auto", layer.dropout))
+    return MultiHead(layer, EntmaxAttention(config.alpha, layer.num_heads, config.impl, layer.dropout))
 
 
 def macs(layer: LayerConfig, config: Config) -> int:

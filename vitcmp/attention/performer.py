@@ -6,7 +6,9 @@
 The constant c keeps exp finite and cancels: for a query, its own maximum over the features; for the keys, one maximum
 over features and tokens (a maximum for each key would reweight the keys). The rows w are drawn in orthogonal blocks
 with the norms of Gaussian vectors, and drawn again every `redraw_interval` optimizer steps (Choromanski et al., 2021,
-equations 5 to 7, and section 2.4). The ReLU kernel, phi(x) = (relu(w x') + eps) / sqrt(m), estimates no softmax.
+equations 5 to 7, and section 2.4). Rows that all have the norm sqrt(K), the paper's regularised softmax kernel, give up
+the exact expectation for less noise. The ReLU kernel, phi(x) = (relu(w x') + eps) / sqrt(m), estimates no softmax: its
+distance from softmax is no error.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ class Config:
     """Optimizer steps between draws of the features (0: never)."""
     eps: float = 1e-4
     """Added to each feature, so that the normaliser is never zero."""
+    feature_norms: Literal["chi", "sqrt"] = "chi"
+    """Norms of the drawn rows: chi, as Gaussian vectors have (no bias); sqrt: sqrt(K) for all (less noise)."""
 
 
 class PerformerAttention(nn.Module):
@@ -48,30 +52,36 @@ class PerformerAttention(nn.Module):
     num_steps: Tensor
     seed: Tensor
 
-    def __init__(self, head_dim: int, num_features: int, kernel: str, redraw_interval: int, eps: float) -> None:
+    def __init__(
+        self, head_dim: int, num_features: int, kernel: str, redraw_interval: int, eps: float, norms: str = "chi"
+    ) -> None:
         super().__init__()
-        self.kernel, self.redraw_interval, self.eps = kernel, redraw_interval, eps
+        self.kernel, self.redraw_interval, self.eps, self.norms = kernel, redraw_interval, eps, norms
         # Buffers, so that a resumed run goes on with the same features.
         self.register_buffer("projection", torch.empty(num_features, head_dim))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_read_steps)
         self.reset_random_state(int(torch.randint(2**62, ())))
 
     def reset_random_state(self, seed: int) -> None:
         """Draw the features from `seed` and count steps from 0."""
         self.seed.fill_(seed)
         self.num_steps.zero_()
+        self.steps = 0  # num_steps as a number: to read the buffer would wait for the device at each step
         self._draw()
 
     def after_optimizer_step(self) -> None:
         """Count the step; draw new features when the interval is over."""
         self.num_steps += 1
-        if self.redraw_interval and int(self.num_steps) % self.redraw_interval == 0:
+        self.steps += 1
+        if self.redraw_interval and self.steps % self.redraw_interval == 0:
             self._draw()
 
     def _draw(self) -> None:
-        generator = torch.Generator().manual_seed((int(self.seed) + int(self.num_steps)) % 2**63)
-        self.projection.copy_(orthogonal_gaussian(len(self.projection), self.projection.shape[1], generator))
+        generator = torch.Generator().manual_seed((int(self.seed) + self.steps) % 2**63)
+        num_features, head_dim = self.projection.shape
+        self.projection.copy_(orthogonal_rows(num_features, head_dim, self.norms, generator))
 
     def _features(self, x: Tensor, max_over: tuple[int, ...]) -> Tensor:
         """phi of q or k, [B, H, N, m], in fp32 at least."""
@@ -92,15 +102,21 @@ class PerformerAttention(nn.Module):
             return (q @ summed / total).to(v.dtype)
 
 
-def orthogonal_gaussian(num_rows: int, dim: int, generator: torch.Generator) -> Tensor:
-    """[num_rows, dim]: orthogonal within blocks of `dim` rows, each row with the norm of a Gaussian vector."""
+def _read_steps(core: PerformerAttention, _: object) -> None:
+    core.steps = int(core.num_steps)
+
+
+def orthogonal_rows(num_rows: int, dim: int, norms: str, generator: torch.Generator) -> Tensor:
+    """[num_rows, dim]: orthogonal within blocks of `dim` rows; norms as of Gaussian vectors, or sqrt(dim)."""
     blocks = -(-num_rows // dim)
     gaussian = torch.randn(blocks, dim, dim, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     # Without the signs of R's diagonal, Q is not uniform over the orthogonal matrices.
     directions = (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).transpose(-2, -1).reshape(-1, dim)
-    norms = torch.randn(num_rows, dim, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
-    return directions[:num_rows] * norms
+    if norms == "sqrt":
+        return directions[:num_rows] * dim**0.5
+    lengths = torch.randn(num_rows, dim, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
+    return directions[:num_rows] * lengths
 
 
 def num_features(layer: LayerConfig, config: Config) -> int:
@@ -112,14 +128,16 @@ def num_features(layer: LayerConfig, config: Config) -> int:
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:
     features, tokens = num_features(layer, config), layer.grid.num_tokens
-    if features < 1 or config.redraw_interval < 0:
-        raise AttentionError(f"performer: num_features ({features}) must be above 0 and redraw_interval "
-                             f"({config.redraw_interval}) 0 or more")  # fmt: skip
+    if features < 1 or config.redraw_interval < 0 or not 0 <= config.eps < math.inf:
+        raise AttentionError(f"performer: num_features ({features}) must be above 0, redraw_interval "
+                             f"({config.redraw_interval}) and eps ({config.eps}) 0 or more")  # fmt: skip
     if features >= tokens:
         warnings.warn(
             f"performer: {features} features for {tokens} tokens cost more than full attention", DegenerateWarning, 2
         )
-    core = PerformerAttention(layer.head_dim, features, config.kernel, config.redraw_interval, config.eps)
+    core = PerformerAttention(
+        layer.head_dim, features, config.kernel, config.redraw_interval, config.eps, config.feature_norms
+    )
     return MultiHead(layer, core)
 
 

@@ -56,7 +56,7 @@ FREE = frozenset(
     native_dropout native_layer_norm new_empty new_empty_strided new_full new_ones new_zeros norm ones ones_like
     rand randn roll scalar_tensor scatter scatter_ scatter_add slice_scatter sort stack sum topk unbind where zero_
     zeros zeros_like _adaptive_avg_pool2d avg_pool2d _local_scalar_dense index_put_ index_put repeat detach flip
-    upsample_bicubic2d _upsample_bicubic2d_aa resize_ select_scatter
+    upsample_bicubic2d _upsample_bicubic2d_aa resize_ select_scatter argmax floor_divide masked_fill_
     """.split()  # noqa: SIM905
 )
 

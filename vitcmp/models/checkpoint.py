@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vitcmp import store
 from vitcmp.attention import AttentionError
-from vitcmp.configs import RunConfig, RuntimeConfig, UserError
+from vitcmp.configs import RunConfig, RuntimeConfig, UserError, attention_name
 from vitcmp.data.datasets import Data
 from vitcmp.models.vit import ViT
 
@@ -48,8 +48,7 @@ class RunInfo:
     @property
     def label(self) -> str:
         """What tables and pictures call the run: its mechanism."""
-        spec = self.config["attention"]
-        return self.name or (spec if isinstance(spec, str) else "+".join(dict.fromkeys(spec)))
+        return self.name or attention_name(self.config["attention"])
 
 
 @dataclass(frozen=True)

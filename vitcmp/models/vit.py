@@ -117,6 +117,18 @@ class ViT(nn.Module):
             for index in range(c.depth)
         ]
 
+    @property
+    def no_map(self) -> str:
+        """Why there is no attention map, and in which layer of a mixed model; empty where all have one."""
+        mixed = isinstance(self.config.attention, tuple)
+        for layer, (spec, block) in enumerate(zip(self.config.attention_specs, self.blocks, strict=True)):
+            reason = attention.load(spec).no_map
+            if not reason and not hasattr(block.attention, "core"):
+                reason = "its block has no core (q, k, v) -> out; its file should say why in NO_MAP"
+            if reason:
+                return f"no attention map{f' in layer {layer} ({spec})' if mixed else ''}: {reason}"
+        return ""
+
     def forward(self, images: Tensor, return_maps: bool = False) -> Any:
         """Logits; with `return_maps`, logits and a list of attention maps [B, H, N, N], one a layer."""
         if return_maps:
@@ -134,9 +146,8 @@ class ViT(nn.Module):
         return self.head(x if self.config.pool == "cls" else x.mean(dim=1))
 
     def _forward_with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        for spec in self.config.attention_specs:
-            if reason := attention.load(spec).no_map:
-                raise UserError(f"{spec} has no attention map: {reason}")
+        if reason := self.no_map:
+            raise UserError(f"{self.config.attention_name} has {reason}")
         queries_and_keys: list[tuple[Tensor, Tensor]] = []
         cores: list[nn.Module] = [block.get_submodule("attention.core") for block in self.blocks]
         hooks = [core.register_forward_pre_hook(lambda _, x: queries_and_keys.append(x[:2])) for core in cores]
@@ -218,6 +229,7 @@ def resized(model: ViT, image_size: int) -> ViT:
         other.load_state_dict(state)
     except RuntimeError:
         raise UserError(
-            f"{config.attention} has parameters for {model.grid.num_tokens} tokens and cannot take {image_size} pixels"
+            f"{config.attention_name} has parameters for {model.grid.num_tokens} tokens and cannot take {image_size} "
+            "pixels"
         ) from None
     return other.to(model.pos_embed.device).train(model.training)

@@ -7,6 +7,7 @@ figure is created, so nothing here touches a caller's figures or needs a display
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -54,7 +55,7 @@ class Style(NamedTuple):
 def style(name: str, among: Sequence[str] = ()) -> Style:
     """The look of a mechanism: by its place among vitcmp's own, or, with options or from a user's file, after these
     by its place in the sorted `among`, which holds the names of all figures that are read together."""
-    own = attention.available()
+    own = attention.available(own=True)
     others = sorted({*among, name} - set(own))
     place = own.index(name) if name in own else len(own) + others.index(name)
     return Style(
@@ -194,7 +195,7 @@ def _curves(axes: Axes, logs: Mapping[str, Sequence[Log]], metric: str, among: S
         if len(logs[name]) > 1:
             low, high = [min(values[e]) for e in epochs], [max(values[e]) for e in epochs]
             axes.fill_between(epochs, low, high, color=look.color, alpha=0.15, linewidth=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _figure(panels: int, row_height: float) -> tuple[Figure, list[Axes]]:
@@ -239,8 +240,8 @@ def _plain_log_ticks(axes: Axes, which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _short(name: str, longest: int = 30) -> str:
+def _short(name: str, longest: int = 40) -> str:
     """A name that fits: a path is cut to its file, and what is still too long in its middle."""
-    name = name.rpartition("/")[2]
+    name = re.sub(r"[^,:=]*/", "", name)
     half = longest // 2 - 1
     return name if len(name) <= longest else f"{name[:half]}…{name[-half:]}"

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from tabulate import tabulate
 
-from vitcmp.configs import ModelConfig, RunConfig
+from vitcmp.configs import ModelConfig, RunConfig, attention_name
 
 Row = dict[str, Any]
 
@@ -117,7 +117,7 @@ def scaling(records: pd.DataFrame) -> pd.DataFrame:
         cell = {
             "level": row["level"], "mode": row["mode"], "batch_size": row["batch_size"], "precision": _precision(row),
             "model": _model_text(row), "machine": machine_text(row),
-            "attention": label(row["attention"]), "tokens": row["tokens"],
+            "attention": attention_name(row["attention"]), "tokens": row["tokens"],
         }  # fmt: skip
         metrics = {name: row.get(name) for name in SCALING_METRICS}
         newest[tuple(cell.values())] = {**cell, "status": row["status"], **metrics}
@@ -216,14 +216,6 @@ def to_rich(table: pd.DataFrame, title: str = "", notes: Sequence[str] = (), wid
     return view
 
 
-def label(attention: str | tuple[str, ...]) -> str:
-    """A mechanism's name in tables and figures; a spec a layer becomes `2 x softmax + 2 x linear`."""
-    if isinstance(attention, str):
-        return attention
-    runs = [(len(list(group)), spec) for spec, group in itertools.groupby(attention)]
-    return runs[0][1] if len(runs) == 1 else " + ".join(f"{count} x {spec}" for count, spec in runs)
-
-
 def machine_text(row: Row) -> str:
     """The machine of a record, in a few words."""
     device, cpu = row.get("hardware_device"), row.get("hardware_cpu")
@@ -271,7 +263,7 @@ def _compare(title: str, conditions: dict[str, Any], group: list[Row], benches: 
     finished: dict[tuple[str, int], Row] = {}
     failed: dict[tuple[str, int], Row] = {}
     for row in group:
-        cell = (label(row["attention"]), row["seed"])
+        cell = (attention_name(row["attention"]), row["seed"])
         if row["status"] == "ok":
             finished[cell] = row
             failed.pop(cell, None)
@@ -361,7 +353,7 @@ def _model_settings(row: Row) -> tuple[Any, ...]:
     """What a bench record and a training run of the same model share, with `auto` resolved."""
     model = ModelConfig(image_size=row["image_size"], patch_size=row["patch_size"])
     names = ("dim", "depth", "num_heads", "mlp_dim", "pool", "stem")
-    return (label(row["attention"]), model.image_hw, model.patch, *(row[name] for name in names))
+    return (attention_name(row["attention"]), model.image_hw, model.patch, *(row[name] for name in names))
 
 
 def _settings_note(conditions: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from vitcmp import attention, machine, store
 from vitcmp.attention import DegenerateWarning, LayerConfig, TokenGrid
-from vitcmp.configs import BenchConfig, ModelConfig, RuntimeConfig
+from vitcmp.configs import BenchConfig, ModelConfig, RuntimeConfig, UserError
 from vitcmp.metrics import complexity
 from vitcmp.metrics.latency import interleaved_ms, median_and_iqr
 from vitcmp.metrics.memory import PeakMemory
@@ -39,13 +39,21 @@ class Cell:
     """Patches, without the class token."""
 
     @property
+    def name(self) -> str:
+        """The mechanism."""
+        return self.model.attention_name
+
+    @property
     def grid(self) -> TokenGrid:
         """The squarest grid of the tokens, with the model's class token."""
         return TokenGrid.squarest(self.tokens, num_prefix_tokens=int(self.model.pool == "cls"))
 
 
 def cells_of(specs: Sequence[str], model: ModelConfig, bench: BenchConfig) -> list[Cell]:
-    """Every mechanism at every token count, in the order of the token counts."""
+    """Every mechanism at every token count, each once, in the order of the token counts.
+
+    Raises: UserError where mechanisms are mixed and the level measures one.
+    """
     patch = model.patch
     cells = []
     for tokens in bench.token_counts:
@@ -53,8 +61,13 @@ def cells_of(specs: Sequence[str], model: ModelConfig, bench: BenchConfig) -> li
         sized = replace(model, patch_size=patch, image_size=(grid.height * patch, grid.width * patch))
         if grid.height == grid.width:
             sized = replace(sized, image_size=grid.height * patch)
-        cells += [Cell(replace(sized, attention=attention.canonical(spec)), bench, tokens) for spec in specs]
-    return cells
+        for spec in specs:
+            mixed = replace(sized, attention=spec)
+            named = tuple(map(attention.canonical, mixed.attention_specs))
+            cells.append(Cell(replace(mixed, attention=named), bench, tokens))
+            if isinstance(cells[-1].model.attention, tuple) and bench.level != "model":
+                raise UserError(f"'{cells[-1].name}' mixes mechanisms over layers: measure it with --level model")
+    return list(dict.fromkeys(cells))
 
 
 def run(
@@ -90,7 +103,7 @@ def _measure(
     metrics: dict[str, dict[str, Any]] = {}
     notes: dict[str, list[str]] = {}
     for cell in group:
-        spec = str(cell.model.attention)
+        spec = cell.name
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", DegenerateWarning)
@@ -110,7 +123,7 @@ def _measure(
         samples = {}
     records = []
     for cell in group:
-        spec = str(cell.model.attention)
+        spec = cell.name
         status, reason = failures.get(spec, ("ok", None))
         found = metrics.get(spec, {})
         if spec in samples:
@@ -133,11 +146,8 @@ def _measure(
 
 
 def _key(cell: Cell, device: torch.device) -> str:
-    return store.cell_key("bench", _config(cell), machine.hardware(device), attention.load(_spec(cell)).digest)
-
-
-def _spec(cell: Cell) -> str:
-    return str(cell.model.attention)
+    digests = [attention.load(spec).digest for spec in cell.model.attention_specs]
+    return store.cell_key("bench", _config(cell), machine.hardware(device), *dict.fromkeys(digests))
 
 
 def _config(cell: Cell) -> dict[str, Any]:
@@ -155,7 +165,7 @@ def _build(cell: Cell) -> nn.Module:
     if cell.bench.level == "model":
         block: nn.Module = ViT(cell.model)
     else:
-        block = attention.load(_spec(cell)).build(_layer(cell))
+        block = attention.load(cell.name).build(_layer(cell))
         initialise(block, "auto", seed=0)
     return block.train(cell.bench.mode == "train-step")
 
@@ -201,7 +211,7 @@ def _sizes(cell: Cell, block: nn.Module) -> dict[str, Any]:
     if isinstance(block, ViT):
         macs, in_attention = complexity.model_macs(block), complexity.attention_macs(block)
     else:
-        mechanism, layer = attention.load(_spec(cell)), _layer(cell)
+        mechanism, layer = attention.load(cell.name), _layer(cell)
         macs, in_attention = mechanism.block_macs(layer), mechanism.macs(layer)
     return {
         "params_m": complexity.parameters_m(block),

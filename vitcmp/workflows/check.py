@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +40,26 @@ class Finding:
     bound: float
     holds: bool
     note: str = ""
+    """Why the bound is another than usual, why the check does not apply, or what was raised."""
+
+    @property
+    def applies(self) -> bool:
+        """Whether the check says something about the mechanism."""
+        return self.measured is not None or not self.holds
 
 
-def run(spec: str) -> list[Finding]:
+def run(spec: str, listen: Callable[[Finding], None] = lambda finding: None) -> list[Finding]:
     """All checks of one mechanism, given as a spec or as the path of a file; a check that raises does not hold.
+
+    `listen` gets each finding as it comes.
 
     Raises: AttentionError for an unknown mechanism or option.
     """
-    mechanism = attention.load(spec)
-    return [check_one(mechanism, name) for name in CHECKS]
+    mechanism, findings = attention.load(spec), []
+    for name in CHECKS:
+        findings.append(check_one(mechanism, name))
+        listen(findings[-1])
+    return findings
 
 
 def check_one(mechanism: Mechanism, name: str, reraise: bool = False) -> Finding:
@@ -109,8 +120,11 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 def _core(mechanism: Mechanism, grid: TokenGrid = SMALL) -> nn.Module:
     if mechanism.no_map:
-        raise _NotApplicable(mechanism.no_map)
-    return make_block(mechanism, grid).core
+        raise _NotApplicable(f"no map: {mechanism.no_map}")
+    block = make_block(mechanism, grid)
+    if not hasattr(block, "core"):
+        raise AttributeError("the block has no .core; build it with MultiHead, or say in NO_MAP why there is no map")
+    return block.core
 
 
 # The checks: each returns the worst error that it measured.
@@ -192,7 +206,8 @@ def _gradients(mechanism: Mechanism) -> float:
     def loss() -> Tensor:
         return (block(x) * upstream).sum()
 
-    gradients = torch.autograd.grad(loss(), leaves)
+    # One that is not used is another check's business; its derivative is 0.
+    gradients = torch.autograd.grad(loss(), leaves, materialize_grads=True)
     step, errors = 1e-6, []
     with torch.no_grad():
         for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -232,7 +247,7 @@ def _large(mechanism: Mechanism) -> float:
         x.requires_grad_() if x.is_leaf else x.retain_grad()
     y = block(*inputs)
     y.sum().backward()
-    return sum(int((~g.isfinite()).sum()) for g in [y, *(cast(Tensor, x.grad) for x in inputs)])
+    return sum(int((~g.isfinite()).sum()) for g in [y, *(x.grad for x in inputs)] if g is not None)
 
 
 def _macs(mechanism: Mechanism) -> float:
@@ -267,7 +282,8 @@ def _compiled(mechanism: Mechanism, backend: str = "aot_eager") -> float:
         for form in (block, compiled):
             leaf = x.clone().requires_grad_()
             y = form(leaf)
-            results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *block.parameters()])))
+            leaves = [leaf, *block.parameters()]
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaves, materialize_grads=True)))
         errors = [relative(found, wanted) for wanted, found in zip(*results, strict=True) if wanted.norm() > 1e-6]
     return max(errors)
 

@@ -46,7 +46,8 @@ class TrainCell:
         """For a person."""
         state = "finished" if self.finished else f"resume {self.unfinished.name}" if self.unfinished else "to do"
         return (
-            f"train {self.config.model.attention} on {self.config.data.dataset}, seed {self.config.train.seed}: {state}"
+            f"train {self.config.model.attention_name} on {self.config.data.dataset}, "
+            f"seed {self.config.train.seed}: {state}"
         )
 
 
@@ -70,7 +71,8 @@ def plan(
 
     Raises: UserError or AttentionError for settings that do not fit.
     """
-    configs = [resolve_run({**settings, "attention": spec, "seed": seed}) for seed in seeds for spec in specs]
+    given = [resolve_run({**settings, "attention": spec, "seed": seed}) for seed in seeds for spec in specs]
+    configs = list(dict.fromkeys(map(train.canonical, given)))
     data = load_data(configs[0].data, runtime.data_dir)
     store.check_writable(runtime.results)
     records = store.read(runtime.results)
@@ -82,7 +84,7 @@ def plan(
             with contextlib.suppress(UserError):  # A damaged folder of another run is no reason to stop.
                 stopped[load_info(state.parent).key] = state.parent
     cells = []
-    for config in map(train.canonical, configs):
+    for config in configs:
         key = train.run_key(config, data)
         cells.append(TrainCell(config, key, not force and key in done, None if force else stopped.get(key)))
     return cells
@@ -99,19 +101,21 @@ def run(
     study = Study(skipped=sum(cell.finished for cell in cells))
     to_do = [cell for cell in cells if not cell.finished]
     for number, cell in enumerate(to_do):
-        name = f"{cell.config.model.attention}, seed {cell.config.train.seed}"
+        name = f"{cell.config.model.attention_name}, seed {cell.config.train.seed}"
         listen({"event": "cell", "number": number, "total": len(to_do), "text": name})
         record = _train_apart(cell, runtime, listen)
         study.records.append(record)
         if record.status != "ok":
             listen({"event": "note", "text": f"{name}: {record.status} ({record.error})"})
 
-    specs = list(dict.fromkeys(str(cell.config.model.attention) for cell in cells))
-    model = cells[0].config.model
+    model, names = cells[0].config.model, dict.fromkeys(cell.config.model.attention_name for cell in cells)
+    # Of a mixed model, the attention alone is that of the mechanisms in it.
+    single = dict.fromkeys(spec for cell in cells for spec in cell.config.model.attention_specs)
     patch = model.patch
     own = (model.image_hw[0] // patch) * (model.image_hw[1] // patch)
     as_trained = replace(measure, level="model", tokens=(own,), precision=cells[0].config.train.precision)
-    measured = bench.cells_of(specs, model, as_trained) + bench.cells_of(specs, model, measure)
+    measured = bench.cells_of(list(names), model, as_trained)
+    measured += bench.cells_of(list(names if measure.level == "model" else single), model, measure)
     listen({"event": "stage", "text": f"bench: {len(measured)} cells, of which finished ones are skipped"})
     study.records += bench.run(measured, runtime, force=force)
     study.failed = sum(record.status != "ok" for record in study.records)
@@ -123,7 +127,7 @@ def run(
     first: dict[str, str] = {}
     for cell in cells:
         if cell.key in newest and (Path(runtime.results) / "runs" / newest[cell.key] / "model.safetensors").is_file():
-            first.setdefault(str(cell.config.model.attention), newest[cell.key])
+            first.setdefault(cell.config.model.attention_name, newest[cell.key])
     if first:
         pictures = visualize.run(
             list(first.values()), runtime.results, runtime.data_dir, runtime.device, None, what=["all"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcmp import store
-from vitcmp.configs import UserError
+from vitcmp.configs import UserError, attention_name
 from vitcmp.models.checkpoint import load_info
 
 
@@ -25,7 +25,7 @@ def overview(results: str) -> list[dict[str, Any]]:
         rows.append({
             "run": folder.name,
             "status": record.status if record else "damaged" if not config else "unfinished",
-            "attention": config.get("attention"),
+            "attention": attention_name(config["attention"]) if config else None,
             "dataset": config.get("dataset"),
             "seed": config.get("seed"),
             "epochs": f"{len(store.read_log(folder))}/{config.get('epochs')}",

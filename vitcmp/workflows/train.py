@@ -7,6 +7,7 @@ last.safetensors, state.pt (all that a resumed run needs to be the same run) and
 from __future__ import annotations
 
 import math
+import re
 import time
 import traceback
 import warnings
@@ -60,9 +61,8 @@ def check(config: RunConfig) -> None:
 
 def canonical(config: RunConfig) -> RunConfig:
     """The same configuration with its attention specs in canonical form."""
-    spec = config.model.attention
-    named = attention.canonical(spec) if isinstance(spec, str) else tuple(map(attention.canonical, spec))
-    return replace(config, model=replace(config.model, attention=named))
+    specs = tuple(map(attention.canonical, config.model.attention_specs))
+    return replace(config, model=replace(config.model, attention=specs))
 
 
 def run_key(config: RunConfig, data: Data) -> str:
@@ -135,8 +135,9 @@ def run(
 
 def new_folder(runtime: RuntimeConfig, config: RunConfig, key: str) -> Path:
     """A new folder under results/runs, named after what is trained."""
-    spec = config.model.attention if isinstance(config.model.attention, str) else "mixed"
-    slug = "".join(c if c.isalnum() else "-" for c in Path(spec).name.replace(".py", ""))
+    # A path is cut to its file, and the key keeps apart what is cut off at the end.
+    slug = re.sub(r"[^,:=]*/|\.py\b", "", config.model.attention_name)
+    slug = re.sub(r"[\W_]+", "-", slug)[:60].strip("-")
     stem = f"{runtime.name or config.data.dataset}-{slug}-s{config.train.seed}-{key[:6]}"
     root = Path(runtime.results) / "runs"
     try:

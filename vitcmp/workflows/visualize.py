@@ -249,7 +249,7 @@ class _Artist:
         try:
             maps = maps_of(model, x)
         except UserError as error:
-            self.notes.append(f"no maps of {subject.label}: {error}")
+            self.notes.append(f"no maps: {error}")
             rest = {"rollout": "no rollout without attention maps"} if self._wants("rollout") else {}
             return {LAST: str(error), **rest}, ""
         patches = [interpret.relevance(layer[0], grid, pool).cpu().numpy() for layer in maps]
@@ -265,8 +265,8 @@ class _Artist:
         return views, caveat
 
     def _profiles(self, group: list[_Subject], pictures: list[_Picture] | None, name: str) -> None:
-        mapped = [s for s in group if all(attention.load(spec).has_map for spec in s.model.config.attention_specs)]
-        remarks = [f"{s.label} has no attention map." for s in group if s not in mapped]
+        mapped = [s for s in group if not s.model.no_map]
+        remarks = [f"{s.label} has {s.model.no_map}." for s in group if s not in mapped]
         if not mapped:
             raise UserError(" ".join(remarks))
         if pictures is None:
@@ -287,7 +287,9 @@ class _Artist:
                 "zeros": 100 * interpret.zero_share(maps).cpu().numpy(),
             }
             if caveat := caveats_of(subject.model, maps):
-                remarks.append(f"{subject.label}: {caveat} Entropy and distance are of absolute values.")
+                signed = not interpret.extremes(maps).are_weights
+                caveat += " Entropy and distance are of absolute values." * signed
+                remarks.append(f"{subject.label}: {caveat}")
         tokens = {subject.model.grid.num_tokens for subject in mapped}
         uniform = math.log(tokens.pop()) if len(tokens) == 1 else None
         figures.profiles(values, self._path(f"{name}profiles"), title, " ".join(remarks), uniform)
@@ -355,9 +357,14 @@ def caveats_of(model: ViT, maps: Iterable[Tensor]) -> str:
     if not found.are_weights:
         low, high = found.row_sums
         parts.append(f"Entries go down to {found.lowest:.2g} and rows sum to {low:.2g} … {high:.2g}.")
-    outside = sorted({type(module).__name__ for block in model.blocks for module in _outside_core(block)})
-    if outside:
-        parts.append(f"The map is that of the core, without {', '.join(outside)}.")
+    notes: dict[str, str] = {}
+    for spec, block in zip(model.config.attention_specs, model.blocks, strict=True):
+        outside = sorted({type(module).__name__ for module in _outside_core(block)})
+        note = attention.load(spec).map_note or (f"map of the core, without {', '.join(outside)}" if outside else "")
+        if note:
+            notes[spec] = note
+    mixed = isinstance(model.config.attention, tuple)
+    parts += dict.fromkeys(f"{n[0].upper()}{n[1:]}{f' of {spec}' * mixed}." for spec, n in notes.items())
     return " ".join(parts)
 
 

@@ -1,0 +1,87 @@
+"""Differential attention: one softmax map minus a learned share of another, so that their common noise cancels.
+
+    A = softmax(q1 k1^T / sqrt(K/2)) - lambda softmax(q2 k2^T / sqrt(K/2)),   out = (1 - lambda_init) RMSNorm(A v),
+    lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init,   lambda_init = 0.8 - 0.6 exp(-0.3 index)
+
+(Ye et al., 2025, equations 1 to 3). The halves of each head's q and k make its two maps; its v keeps the full width, so
+a head here is one of the paper's heads of d = K/2, and has the multiply-adds of a softmax head. The heads of a layer
+share lambda and the weight of the norm; `index` counts layers from 0. Rows of A sum to 1 - lambda, and entries may be
+negative. With attention dropout each map drops weights of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitcmp.attention import AttentionError
+from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+
+PAPER = "https://arxiv.org/abs/2410.05258"
+COST = "O(N^2 K)"
+MAP_NOTE = "map without the norm"
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+class DifferentialAttention(nn.Module):
+    """Shapes: q, k, v and the result are [B, H, N, K]. Maps and lambda are computed in fp32 at least."""
+
+    def __init__(self, head_dim: int, lambda_init: float, dropout: float) -> None:
+        super().__init__()
+        self.lambda_init, self.dropout = lambda_init, dropout
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(torch.empty(head_dim // 2)) for _ in range(4)
+        )
+        self.reset_random_state(int(torch.randint(2**62, ())))
+
+    def reset_random_state(self, seed: int) -> None:
+        """Draw the vectors of lambda from `seed`, with standard deviation 0.1."""
+        generator = torch.Generator().manual_seed(seed)
+        for vector in self.parameters():
+            vector.data.copy_(0.1 * torch.randn(vector.shape, generator=generator))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = (x.unflatten(-1, (2, -1)).transpose(2, 3) for x in (q, k))  # [B, H, 2, N, K/2]
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # [B, H, 2, N, N]
+        with torch.autocast(q.device.type, enabled=False):
+            maps = F.dropout(wide(scores).softmax(dim=-1), self.dropout, self.training)
+            first, second = maps.unbind(dim=2)
+            weights = first - self._lambda() * second
+        return weights.to(v.dtype) @ v
+
+    def _lambda(self) -> Tensor:
+        q1, k1, q2, k2 = map(wide, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
+        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
+
+
+class HeadNorm(nn.Module):
+    """(A v, v) -> scale * RMSNorm(A v), all [B, H, N, K]: over the channels of a head; heads share the weight."""
+
+    def __init__(self, head_dim: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.norm = nn.RMSNorm(head_dim, eps=1e-5)
+
+    def forward(self, mixed: Tensor, v: Tensor) -> Tensor:
+        return self.norm(mixed) * self.scale
+
+
+def build(layer: LayerConfig, config: Config) -> nn.Module:
+    if layer.head_dim % 2:
+        raise AttentionError(f"differential: the head width ({layer.head_dim}) must be even, as each head makes two "
+                             f"maps; change dim ({layer.dim}) or num_heads ({layer.num_heads})")  # fmt: skip
+    lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer.index)
+    core = DifferentialAttention(layer.head_dim, lambda_init, layer.dropout)
+    return MultiHead(layer, core, after=HeadNorm(layer.head_dim, 1 - lambda_init))
+
+
+def macs(layer: LayerConfig, config: Config) -> int:
+    return 2 * layer.grid.num_tokens**2 * layer.dim
