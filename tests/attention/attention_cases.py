@@ -38,7 +38,7 @@ class Case:
 def all_cases() -> list[Case]:
     """The rows of all `test_<mechanism>.py`."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
-    own = [name for name in names if name.removeprefix("test_").replace("_", "-") in attention.available()]
+    own = [name for name in names if name.removeprefix("test_").replace("_", "-") in attention.available(own=True)]
     return [case for name in own for case in importlib.import_module(name).CASES]
 
 

@@ -41,8 +41,8 @@ def threshold(z: Tensor, r: Tensor, convex: bool) -> Tensor:
     """tau of [..., 1] with sum([z - tau]_+ ^ r) = 1, for z of [..., N] whose maximum is 0; `convex`: all r >= 1.
 
     Newton's method on the norm sum(...)^(1 / r) = 1 from the left: for r >= 1 that is convex and nearly linear in tau,
-    so few steps do and none overshoots. For r < 1 it has infinite slopes, where Newton's steps vanish: there every other
-    step halves a bracket. The steps are fixed in number, so that nothing waits for the device.
+    so few steps do and none overshoots. For r < 1 it has infinite slopes, where Newton's steps vanish: there every
+    other step halves a bracket. The steps are fixed in number, so that nothing waits for the device.
     """
     low, high = torch.full_like(z[..., :1], -1), torch.zeros_like(z[..., :1])
     tau = low
@@ -207,7 +207,7 @@ def _backward(
         if not all_dense[number]:
             scaled, keys = q[part] * scale, k[part] * scale
             inputs = [x.numpy() for x in (scaled, keys, v[part], dout[part])]
-            cpu.backward_sparse(
+            cpu.backward_sparse(  # type: ignore[call-arg]
                 *inputs, r[part], all_index[number].numpy(), all_weight[number].numpy(), all_ends[part].numpy(),
                 dq.numpy(), dk.numpy(), dv.numpy(), dalpha.numpy(), with_alpha,
             )  # fmt: skip
@@ -238,15 +238,15 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -
     ctx.save_for_backward(*inputs, *output[1:])
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor, ...]:
+def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
     q, k, v, alpha, *saved = ctx.saved_tensors
-    if torch.is_grad_enabled():  # someone will differentiate the gradients
-        leaves = (q, k, v, alpha)
-        out = attend_in_torch(*(x.unsqueeze(0) for x in leaves[:3]), alpha.view(1, -1, 1, 1), convex=False).squeeze(0)
-        needed = [x for x in leaves if x.requires_grad]
-        found = iter(torch.autograd.grad(out, needed, gradients[0], create_graph=True))
-        return tuple(next(found) if x.requires_grad else None for x in leaves)  # type: ignore[return-value]
-    return tuple(_backward(gradients[0].contiguous(), q, k, v, alpha, saved, ctx.needs_input_grad[3]))
+    if not torch.is_grad_enabled():
+        return tuple(_backward(gradients[0].contiguous(), q, k, v, alpha, saved, ctx.needs_input_grad[3]))
+    # Someone will differentiate the gradients: torch can.
+    of_one = attend_in_torch(q[None], k[None], v[None], alpha.view(1, -1, 1, 1), convex=bool((alpha <= 2).all()))
+    leaves = [x for x in (q, k, v, alpha) if x.requires_grad]
+    found = iter(torch.autograd.grad(of_one[0], leaves, gradients[0], create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in (q, k, v, alpha))
 
 
 _attend.register_autograd(_differentiate, setup_context=_setup_context)
