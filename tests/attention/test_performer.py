@@ -61,31 +61,25 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    ("norms", "std", "shallowest"),
-    [
-        ("chi", 0.4, -0.4),
-        # At 128 features the error is 0.5, near its ceiling of 1, and the line bends there: -0.39 over 400 draws.
-        ("chi", 0.5, -0.35),
-        ("sqrt", 0.5, -0.4),
-    ],
-)
-def test_the_error_against_softmax_falls_as_one_over_the_root_of_the_features(
-    norms: str, std: float, shallowest: float
-) -> None:
-    """The least-squares slope of log error over log features; the mean error of 20 draws of features and inputs."""
-    features, draws = [128, 256, 512, 1024, 2048], 20
+@pytest.mark.parametrize(("norms", "draws"), [("chi", 40), ("sqrt", 20)])
+def test_the_error_against_softmax_falls_as_one_over_the_root_of_the_features(norms: str, draws: int) -> None:
+    """Entries of standard deviation 0.5, K = 64, N = 197: the mean error over draws of features and inputs.
+
+    With norms from chi the slope is -0.404 with a standard error of 0.004 (300 draws): at 128 features the error, 0.5,
+    begins to saturate, so that the start is shallower than -1/2.
+    """
+    features = [128, 256, 512, 1024, 2048]
     cores = [make_performer(m, seed=0, norms=norms) for m in features]
     errors = np.zeros((draws, len(cores)))
     for draw in range(draws):
         generator = torch.Generator().manual_seed(draw)
-        q, k, v = std * torch.randn(3, 1, 1, 64, 64, generator=generator, dtype=torch.float64)
+        q, k, v = 0.5 * torch.randn(3, 1, 1, 197, 64, generator=generator, dtype=torch.float64)
         wanted = softmax_twin(nn.Identity(), q, k, v)
         for i, core in enumerate(cores):
             core.reset_random_state(draw)
             errors[draw, i] = relative(core(q, k, v), wanted)
     slope = float(np.polyfit(np.log(features), np.log(errors.mean(axis=0)), 1)[0])
-    assert -0.6 < slope < shallowest, errors.mean(axis=0)
+    assert -0.6 < slope < -0.4, errors.mean(axis=0)
 
 
 @pytest.mark.usefixtures("one_thread")
