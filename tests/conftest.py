@@ -17,7 +17,7 @@ def _results_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VITCMP_RESULTS", str(tmp_path_factory.mktemp("results")))
         # For subprocesses: the tests must not occupy the whole machine.
-        patch.setenv("OMP_NUM_THREADS", "2")
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -279,6 +280,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads whose own matrix products are of one thread each; a forked child gets its own."""
     total = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="entmax", initializer=lambda: torch.set_num_threads(1))
-    list(pool.map(lambda _: None, range(threads)))
+    started = Barrier(threads)
+    list(pool.map(lambda _: started.wait(), range(threads)))
     torch.set_num_threads(total)
     return pool
