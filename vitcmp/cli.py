@@ -526,7 +526,7 @@ def check(
     """Measure whether a mechanism keeps its contract: shapes, map, gradients, multiply-adds and more."""
     from vitcmp.workflows import check as workflow
 
-    names = list(dict.fromkeys(attention.available() if "all" in specs else specs))
+    names = list(dict.fromkeys(n for spec in specs for n in (attention.available() if spec == "all" else [spec])))
     mechanisms = [attention.load(name) for name in names]
     done = count(1)
     with counted_progress("check", len(mechanisms) * len(workflow.CHECKS)) as advance:
@@ -650,7 +650,7 @@ def _grid(settings: dict[str, Any], everything: bool = False) -> tuple[list[str]
     for text in layers:
         if not re.fullmatch(r"\d[\d,+-]*=.+", text):
             raise UserError(f"attention_layers: '{text}' must be layers, =, and a mechanism, such as 4-=performer")
-    specs = attention.available() if "all" in named else named
+    specs = [name for spec in named for name in (attention.available() if spec == "all" else [spec])]
     return [",".join([spec, *layers]) for spec in specs], list(numbers)
 
 

@@ -60,6 +60,7 @@ def test_what_a_mechanism_does_not_claim_is_not_so(name: str) -> None:
     """A claim withheld is a claim too: a map, rows that are weights, equivariance."""
     mechanism = attention.load(name)
     q, k, _ = check.make_qkv(mechanism)
+    q[..., 0, :] = -q[..., 0, :].abs()  # a query without a positive feature
     block = check.make_block(mechanism).double()
     if not mechanism.row_stochastic and mechanism.has_map:
         matrix = attention_map(block.core, q, k).detach()

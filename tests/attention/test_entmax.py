@@ -11,7 +11,7 @@ from test_softmax import softmax_twin
 from torch import Tensor, nn
 
 from vitcmp import attention
-from vitcmp.attention import AttentionError, attention_map
+from vitcmp.attention import AttentionError, DegenerateWarning, attention_map
 from vitcmp.metrics.memory import PeakMemory
 
 
@@ -116,6 +116,14 @@ def test_a_diverged_model_shows(tokens: int) -> None:
     y = attend("numba", "1.5", q, k, v)
     assert y[0, 0, 3].isnan().all()
     assert y.isnan().sum() == y.shape[-1]
+    leaf = q.requires_grad_()
+    (gradient,) = torch.autograd.grad(attend("numba", "1.5", leaf, k, v).sum(), leaf)
+    assert gradient[0, 0, 3].isnan().all()
+
+
+def test_digits_lost_are_announced() -> None:
+    with pytest.warns(DegenerateWarning, match="stay at 4 or below"):
+        attention.load("entmax:alpha=5").build(make_layer())
 
 
 def test_the_number_of_threads_changes_nothing() -> None:
@@ -131,6 +139,18 @@ def test_the_number_of_threads_changes_nothing() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+def test_threads_keep_the_mode_of_their_caller() -> None:
+    q, k, v = make_qkv(150)
+    before, core = torch.get_num_threads(), make_block("entmax").core
+    try:
+        torch.set_num_threads(2)
+        with torch.inference_mode():
+            y = core(q, k, v)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(y, core(q, k, v))
 
 
 @pytest.mark.parametrize("alpha", ["1.5", "learned"])

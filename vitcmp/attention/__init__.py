@@ -76,8 +76,9 @@ class Mechanism:
 
     @property
     def approximates(self) -> str | None:
-        """softmax, shared-qk, or None: what an error is measured against."""
-        return getattr(self.module, "APPROXIMATES", None)
+        """softmax, shared-qk, or None: what an error is measured against; a function where options decide."""
+        target = getattr(self.module, "APPROXIMATES", None)
+        return target(self.config) if callable(target) else target
 
     @property
     def no_map(self) -> str:

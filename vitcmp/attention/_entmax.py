@@ -272,14 +272,21 @@ def _run(task: Callable[[int, slice], None], heads: int, group: int) -> None:
         for number, part in enumerate(parts):
             task(number, part)
         return
-    list(_pool(threads, os.getpid()).map(torch.no_grad()(task), range(len(parts)), parts))
+    # The modes are a thread's own.
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+    list(_pool(threads, os.getpid()).map(mode()(task), range(len(parts)), parts))
 
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Threads whose own matrix products are of one thread each; a forked child gets its own."""
     total = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="entmax", initializer=lambda: torch.set_num_threads(1))
+
+    def begin() -> None:
+        torch.get_num_threads()  # else torch would take the others' number at this thread's first operation
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="entmax", initializer=begin)
     started = Barrier(threads)
     list(pool.map(lambda _: started.wait(), range(threads)))
     torch.set_num_threads(total)

@@ -2,7 +2,7 @@
 
 Every kernel takes a group of heads g with scores `z` [G, R, N]: rows of queries, scaled by alpha - 1, so that
 p = [z - tau]_+ ^ r with r = 1 / (alpha - 1). The kernels hold no locks and no state; threads call them on groups of
-their own. NaN and infinite scores give NaN, never a plausible answer.
+their own. NaN and infinite scores give NaN, never a plausible answer; a NaN value reaches the rows that attend to it.
 """
 
 from __future__ import annotations
@@ -272,8 +272,10 @@ def backward_sparse(q, k, v, dout, r, index, weight, ends, dq, dk, dv, dalpha, w
                 for c in range(width):
                     total += dout[g, i, c] * source[c]
                 row[e] = total
-            if n:
-                dalpha[g] += _row_gradient(p, row, r[g], with_alpha)
+            if n == 0:  # the scores were not finite
+                dq[g, i], dk[g], dv[g], dalpha[g] = np.nan, np.nan, np.nan, np.nan
+                continue
+            dalpha[g] += _row_gradient(p, row, r[g], with_alpha)
             for e in range(n):
                 j, w, ds = index[begin + e], p[e], row[e]
                 for c in range(width):

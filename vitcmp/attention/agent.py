@@ -101,7 +101,8 @@ class AgentAttention(nn.Module):
 def agent_grid(layer: LayerConfig, config: Config) -> TokenGrid:
     """The grid of agents, with `auto` resolved: at most `num_agents`, in proportion to the grid of patches."""
     grid = layer.grid
-    limit = max(1, min(49, grid.num_tokens // 4)) if config.num_agents == "auto" else config.num_agents
+    most = max(1, min(49, grid.num_tokens // 4, grid.height * grid.width))
+    limit = most if config.num_agents == "auto" else config.num_agents
     if not 1 <= limit <= grid.height * grid.width:
         raise AttentionError(f"agent: num_agents ({limit}) must be from 1 to the number of patches "
                              f"({grid.height * grid.width}); choose fewer, or auto")  # fmt: skip

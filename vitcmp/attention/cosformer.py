@@ -25,7 +25,6 @@ from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, wide
 
 PAPER = "https://arxiv.org/abs/2202.08791"
 COST = "O(N K^2)"
-ROW_STOCHASTIC = True
 EQUIVARIANT = False
 
 

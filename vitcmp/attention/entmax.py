@@ -11,6 +11,7 @@ those stated are all of both products, of which zeros save a part.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcmp.attention import AttentionError
+from vitcmp.attention import AttentionError, DegenerateWarning
 from vitcmp.attention._entmax import attend_in_torch, attend_on_cpu
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
 from vitcmp.attention.softmax import SoftmaxAttention
@@ -33,7 +34,7 @@ Impl = Literal["auto", "numba", "torch", "package"]
 @dataclass(frozen=True)
 class Config:
     alpha: float | Literal["learned"] = 1.5
-    """Sparsity, 1 (softmax) or more; 2 is sparsemax; learned: one a head, between 1.01 and 1.99, from 1.5."""
+    """1 (softmax) to 4, beyond which digits are lost; 2 is sparsemax; learned: one a head in 1.01 to 1.99, from 1.5."""
     impl: Impl = "auto"
     """auto: numba on the CPU, torch elsewhere; package: the entmax package (sorting, or bisection)."""
 
@@ -79,6 +80,13 @@ class EntmaxAttention(nn.Module):
 def build(layer: LayerConfig, config: Config) -> nn.Module:
     if config.alpha != "learned" and not 1 <= config.alpha < math.inf:
         raise AttentionError(f"entmax: alpha ({config.alpha}) must be 1 or more, and finite, or learned")
+    if config.alpha != "learned" and config.alpha > 4:
+        warnings.warn(
+            f"entmax: at alpha {config.alpha} the rounding of a score moves its weight by eps^(1 / (alpha - 1)), which "
+            f"is {torch.finfo(torch.float32).eps ** (1 / (config.alpha - 1)):.0e}; stay at 4 or below",
+            DegenerateWarning,
+            2,
+        )
     if config.impl == "numba" and layer.dropout:
         raise AttentionError(f"entmax: impl=numba keeps no weights to drop; set attention_dropout ({layer.dropout}) to "
                              "0, or impl to torch")  # fmt: skip

@@ -26,7 +26,6 @@ from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
 
 PAPER = "https://arxiv.org/abs/2009.14794"
 COST = "O(N m K)"
-APPROXIMATES = "softmax"
 ROW_STOCHASTIC = True
 BOUNDS = {"gradients": (math.inf, "the stabilising constant counts as one, and with eps > 0 moves the output a little")}
 
@@ -43,6 +42,10 @@ class Config:
     """Added to each feature, so that the normaliser is never zero."""
     feature_norms: Literal["chi", "sqrt"] = "chi"
     """Norms of the drawn rows: chi, as Gaussian vectors have (no bias); sqrt: sqrt(K) for all (less noise)."""
+
+
+def APPROXIMATES(config: Config) -> str | None:
+    return "softmax" if config.kernel == "softmax" else None
 
 
 class PerformerAttention(nn.Module):

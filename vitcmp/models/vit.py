@@ -223,8 +223,10 @@ def resized(model: ViT, image_size: int) -> ViT:
     state = {**model.state_dict(), "pos_embed": positions}
     for name, module in other.named_modules():
         if hasattr(module, "resized_state"):
-            own = module.resized_state(model.get_submodule(name))
-            state.update({f"{name}.{key}": value for key, value in own.items()})
+            old = model.get_submodule(name)
+            for key, _ in old.named_parameters(recurse=False):
+                del state[f"{name}.{key}"]
+            state.update({f"{name}.{key}": value for key, value in module.resized_state(old).items()})
     try:
         other.load_state_dict(state)
     except RuntimeError:
@@ -232,4 +234,4 @@ def resized(model: ViT, image_size: int) -> ViT:
             f"{config.attention_name} has parameters for {model.grid.num_tokens} tokens and cannot take {image_size} "
             "pixels"
         ) from None
-    return other.to(model.pos_embed.device).train(model.training)
+    return other.to(model.pos_embed).train(model.training)
