@@ -1,6 +1,6 @@
 """Exact sparse attention against explicit and fused softmax and the entmax package, in one run, alternating.
 
-    python benchmarks/entmax.py [--std 0.3] [--rounds 9]
+    python benchmarks/sparse_attention.py [--std 0.3] [--rounds 9]
 
 Eight heads of width 64, fp32, Gaussian queries and keys: scores of standard deviation `--std`. Medians in ms, forward
 and forward + backward, and the ratio to explicit softmax.
