@@ -97,7 +97,8 @@ def main() -> None:
         for axis, picture in ((above, patches.view(grid.height, grid.width)), (below, matrix)):
             limit = float(picture.abs().max())
             axis.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        notes = [f"{float((matrix == 0).float().mean()):.0%} zeros"] if (matrix == 0).any() else []
+        zeros = float((matrix == 0).float().mean())
+        notes = [f"{zeros:.0%} zeros"] if zeros > 0.005 else []
         notes += [mechanism.map_note.replace("map ", "")] if mechanism.map_note else []
         below.set_title(", ".join(notes), fontsize=7)
     options.out.parent.mkdir(parents=True, exist_ok=True)

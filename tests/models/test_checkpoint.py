@@ -11,10 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from vitcmp import attention
 from vitcmp.configs import RuntimeConfig, UserError, resolve_run
 from vitcmp.data.datasets import load_data
 from vitcmp.models.checkpoint import RunInfo, load_info, load_run, load_weights, save_weights
 from vitcmp.models.vit import ViT
+from vitcmp.workflows.train import run
 
 
 @pytest.fixture
@@ -107,3 +109,18 @@ def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "runs" / "started" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"no model\.safetensors yet; finish it with `vitcmp train --resume started`"):
         load_run("started", results=tmp_path)
+
+
+def test_a_run_is_not_read_with_another_version_of_its_mechanism(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    source = Path(attention.__file__).with_name("sigmoid.py").read_text()
+    file.write_text(source)
+    settings = dict(attention=str(file), dataset="digits", epochs=1)
+    record = run(resolve_run(settings), RuntimeConfig(results=str(tmp_path / "results"), threads=1))
+    assert load_run(record.id, tmp_path / "results").info.mechanisms == {str(file): attention.load(str(file)).digest}
+    file.write_text(source + "\n# edited\n")
+    with pytest.raises(UserError, match=r"mine\.py has changed since"):
+        load_run(record.id, tmp_path / "results")
+    file.unlink()
+    with pytest.raises(UserError, match="looked for where it was"):
+        load_run(record.id, tmp_path / "results")

@@ -228,7 +228,7 @@ def _file(path: Path) -> ModuleType:
         try:
             specification.loader.exec_module(module)
             _check(module, str(path))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             if isinstance(error, AttentionError):
                 raise

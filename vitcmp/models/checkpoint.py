@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from vitcmp import store
+from vitcmp import attention, store
 from vitcmp.attention import AttentionError
 from vitcmp.configs import RunConfig, RuntimeConfig, UserError, attention_name
 from vitcmp.data.datasets import Data
@@ -33,12 +33,18 @@ class RunInfo:
     """Of the data."""
     logging: dict[str, Any] = field(default_factory=dict)
     """save_every, log_every and tracker, which a resumed run keeps."""
+    mechanisms: dict[str, str] = field(default_factory=dict)
+    """Digests of the files of mechanisms that are not part of vitcmp, by spec."""
 
     @classmethod
     def of(cls, id: str, runtime: RuntimeConfig, key: str, config: RunConfig, data: Data) -> RunInfo:
         """The information of a new run."""
         logging = {name: getattr(runtime, name) for name in ("save_every", "log_every", "tracker")}
-        return cls(id, runtime.name, key, config.flat(), data.class_names, data.mean, data.std, data.digest, logging)
+        digests = {spec: attention.load(spec).digest for spec in config.model.attention_specs}
+        foreign = {spec: digest for spec, digest in digests.items() if digest}
+        return cls(
+            id, runtime.name, key, config.flat(), data.class_names, data.mean, data.std, data.digest, logging, foreign
+        )
 
     @property
     def run_config(self) -> RunConfig:
@@ -99,7 +105,8 @@ def load_run(run: str, results: str | Path = "results") -> Run:
 def load_weights(path: Path) -> tuple[ViT, RunInfo]:
     """The model in a checkpoint file, in evaluation mode on the CPU.
 
-    Raises: UserError where it is damaged, is not ours, or has another shape than its configuration says.
+    Raises: UserError where it is damaged, is not ours, has another shape than its configuration says, or was trained
+    with another version of someone's own mechanism.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -113,9 +120,13 @@ def load_weights(path: Path) -> tuple[ViT, RunInfo]:
             f"{path} was not written by this version of vitcmp: it does not say what model it is; train again"
         ) from None
     try:
+        changed = [spec for spec, digest in info.mechanisms.items() if attention.load(spec).digest != digest]
         model = ViT(info.run_config.model)
     except AttentionError as error:
-        raise UserError(f"{path}: {error}") from None
+        hint = "; a mechanism's file is looked for where it was when the run was trained" if info.mechanisms else ""
+        raise UserError(f"{path}: {error}{hint}") from None
+    if changed:
+        raise UserError(f"{changed[0]} has changed since {info.id} was trained: restore the file, or train again")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
