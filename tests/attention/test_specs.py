@@ -248,3 +248,9 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("spec", ["softmax,linear", "softmax,1-", "1-=performer"])
+def test_a_mixed_spec_with_a_mistake_says_how_to_write_one(spec: str) -> None:
+    with pytest.raises(AttentionError, match="write softmax,1-=performer"):
+        attention.load(spec)

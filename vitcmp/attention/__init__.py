@@ -178,6 +178,8 @@ def _module(name: str) -> ModuleType:
         return _package(installed[dashed])
     near = difflib.get_close_matches(dashed, available(), n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
+    if "," in name or "=" in name:
+        hint = "for several mechanisms repeat --attention, for one in some layers write softmax,1-=performer; "
     raise AttentionError(f"unknown attention '{name}'; {hint}available: {', '.join(available())}")
 
 
