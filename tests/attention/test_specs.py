@@ -254,3 +254,9 @@ assert "torch" not in sys.modules
 def test_a_mixed_spec_with_a_mistake_says_how_to_write_one(spec: str) -> None:
     with pytest.raises(AttentionError, match="write softmax,1-=performer"):
         attention.load(spec)
+
+
+def test_one_file_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    assert attention.canonical("./mine.py:factor=2") == attention.canonical("mine.py:factor=2") == "mine.py:factor=2.0"

@@ -89,3 +89,10 @@ def test_grad_cam_agrees_with_the_formula(pool):
     place = int(patches.argmax())
     top = shown.view(4, 8, 4, 8).mean(dim=(1, 3))
     assert int(top.argmax()) == place
+
+
+def test_profiles_of_signed_maps_are_of_absolute_values() -> None:
+    signed = torch.tensor([[0.5, -0.5], [1.5, -0.5]]).view(1, 1, 2, 2)
+    grid = TokenGrid(1, 2)
+    assert torch.equal(interpret.entropy([signed]), interpret.entropy([signed.abs()]))
+    assert torch.equal(interpret.attention_distance([signed], grid), torch.tensor([[0.625]]))

@@ -158,7 +158,7 @@ def load(spec: str) -> Mechanism:
     changed = {
         f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != f.default
     }
-    name = name if name.endswith(".py") else name.replace("_", "-")
+    name = str(Path(name)) if name.endswith(".py") else name.replace("_", "-")  # ./mine.py is mine.py
     text = ",".join(f"{key}={_text(changed[key])}" for key in sorted(changed))
     return Mechanism(name, f"{name}:{text}" if text else name, config, module)
 

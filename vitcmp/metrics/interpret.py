@@ -80,7 +80,7 @@ def grad_cam(model: ViT, image: Tensor, target: int) -> Tensor:
 
 def entropy(maps: Maps) -> Tensor:
     """Entropy of the rows in nats, [layers, H]: 0 where each token attends to one, ln N where to all alike."""
-    return torch.stack([torch.special.entr(_weights(layer)).sum(dim=-1).mean(dim=(0, 2)) for layer in maps])
+    return torch.stack([torch.special.entr(_weights(layer).abs()).sum(dim=-1).mean(dim=(0, 2)) for layer in maps])
 
 
 def zero_share(maps: Maps) -> Tensor:
@@ -101,7 +101,7 @@ def attention_distance(maps: Maps, grid: TokenGrid) -> Tensor:
     result = []
     for layer in maps:
         patches = layer[..., prefix:, prefix:]
-        reach = (_weights(patches) * distances).sum(dim=-1)  # [B, H, patches]
+        reach = (_weights(patches).abs() * distances).sum(dim=-1)  # [B, H, patches]
         reach = reach.where(patches.abs().sum(dim=-1) > 0, torch.nan)
         result.append(reach.nanmean(dim=(0, 2)))
     return torch.stack(result)
