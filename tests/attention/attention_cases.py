@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import DegenerateWarning, LayerConfig, TokenGrid
+from vitcmp.workflows.check import relative as relative
 
 DIM, HEADS, WIDTH = 32, 2, 16
 
@@ -65,12 +66,6 @@ def make_qkv(tokens: int, width: int = WIDTH, dtype: torch.dtype = torch.float64
     return [
         std * torch.randn(2, HEADS, tokens, width, generator=generator, dtype=torch.float64).to(dtype) for _ in "qkv"
     ]
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """Relative error in the Frobenius norm."""
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def split_heads(x: Tensor, heads: int = HEADS) -> Tensor:

@@ -107,7 +107,7 @@ class Mechanism:
 
     @property
     def num_projections(self) -> int:
-        """Projections of dim x dim around the core: four, or three where queries and keys share theirs."""
+        """Projections of dim x dim around the core: four, three where queries and keys share theirs, or fewer."""
         return getattr(self.module, "NUM_PROJECTIONS", 4)
 
     @property

@@ -141,16 +141,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> list[Tensor]:
     """The output, and what the backward pass needs: maxima, thresholds, supports, and which groups are dense."""
     from vitcmp.attention import _entmax_cpu as cpu
 
-    result = _outputs(q, k, v, alpha)
+    result = all_out, all_top, all_tau, all_index, all_weight, all_ends, all_dense = _outputs(q, k, v, alpha)
     heads, tokens, _ = q.shape
     group, rows = _groups(heads, tokens)
     factor = (alpha - 1) * q.shape[-1] ** -0.5
     r = (1 / (alpha - 1)).numpy()
 
     def run(number: int, part: slice) -> None:
-        out, top, tau, index, weight, ends, dense = (
-            x[number] if i in (3, 4, 6) else x[part] for i, x in enumerate(result)
-        )
+        out, top, tau, ends = (x[part] for x in (all_out, all_top, all_tau, all_ends))
+        index, weight = all_index[number], all_weight[number]
         scaled, keys, values = q[part] * factor[part, None, None], k[part].transpose(-2, -1), v[part]
         is_dense, used = not index.numel(), 0
         for block in _blocks(tokens, rows):
@@ -167,7 +166,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> list[Tensor]:
             if is_dense:
                 cpu.forward_dense(*views, tau[:, block].numpy())
                 out[:, block] = z @ values
-        dense.fill_(is_dense)
+        all_dense[number] = is_dense
 
     _run(run, heads, group)
     return result
