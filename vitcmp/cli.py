@@ -36,6 +36,7 @@ from vitcmp.configs import (
     resolve_run,
 )
 from vitcmp.console import (
+    bench_progress,
     counted_progress,
     err,
     make_list,
@@ -43,7 +44,6 @@ from vitcmp.console import (
     out,
     output,
     plain,
-    short,
     study_progress,
     text_of,
     training_progress,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from vitcmp.store import Record
     from vitcmp.workflows.check import Finding
     from vitcmp.workflows.compare import Study
+    from vitcmp.workflows.diff import Change
 
 RUN = (ModelConfig, DataConfig, AugmentConfig, TrainConfig)
 TRAINING_ONLY = "name save_every log_every tracker"
@@ -283,61 +284,90 @@ def predict(
 
 
 @app.command(rich_help_panel="Work")
-@options(BenchConfig, ModelConfig, RuntimeConfig, without=f"attention {TRAINING_ONLY}")
+@options(BenchConfig, ModelConfig, RuntimeConfig, without=f"attention image_size image_sizes {TRAINING_ONLY}")
 def bench(
     given: dict[str, Any],
     attention_specs: AttentionOption = None,
     layers: LayersOption = None,
+    image_sizes: Annotated[
+        str | None,
+        typer.Option("--image-size", help=help_texts(BenchConfig)["image_sizes"], rich_help_panel="Bench"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip cells that are in the store already.")] = False,
+    diff: Annotated[
+        Path | None,
+        typer.Option(help="Compare with the records of a results folder, or with what --json bench printed."),
+    ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(help="With --diff: exit with 3 where a metric changed by more, such as latency_ms:+10%; repeat."),
+    ] = None,
     config: ConfigOption = None,
     show_config: ShowConfigOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Measure latency, throughput, peak memory and MACs over token counts."""
+    from vitcmp.workflows import diff as comparing
+
+    if fail_on and diff is None:
+        raise UserError("--fail-on needs records to compare with: give --diff")
+    limits = [comparing.Limit.parse(text) for text in fail_on or ()]
+    old = comparing.read(diff) if diff else []
     settings = _settings(given, attention_specs, layers, None, config, BenchConfig, ModelConfig)
     runtime = take(settings, RuntimeConfig)
     settings = {**settings.pop("bench", {}), **settings}
+    if image_sizes is not None:
+        settings["image_sizes"] = image_sizes
     specs, _ = _grid(settings, everything=True)
     measure = take(settings, BenchConfig)
-    model = resolve_run({"dataset": "fake", **settings}).model
     from vitcmp.workflows import bench as workflow
 
+    model = workflow.model_of(measure, runtime, settings)
     cells = workflow.cells_of(specs, model, measure)
     if show_config:
         names = list(dict.fromkeys(cell.name for cell in cells))
         _show_config([{**dataclasses.asdict(model), **dataclasses.asdict(measure), "attention": names}])
         return
     if dry_run:
-        lines = [f"bench {cell.name} at {cell.tokens} tokens" for cell in cells]
+        lines = [f"bench {cell}" for cell in cells]
         output.show(lines, "\n".join(lines))
         return
-    with counted_progress("bench", len(cells)) as advance:
-        records = workflow.run(cells, runtime, listen=lambda event: advance(event["done"]))
-    columns = [
-        "attention", "tokens", "status", "latency\nms", "IQR\nms", "images\n/s", "memory\nMiB", "MACs\nM",
-        "attention\nMACs M",
-    ]  # fmt: skip
-    rows = [
-        [attention_name(r.config["attention"]), str(r.config["tokens"]), r.status,
-         *(short(r.metrics.get(name), factor) for name, factor in (
-             ("latency_ms", 1), ("latency_iqr_ms", 1), ("throughput_img_s", 1), ("peak_memory_mib", 1),
-             ("macs_g", 1000), ("attention_macs_g", 1000)))]
-        for r in records
-    ]  # fmt: skip
-    first = records[0]
-    title = (f"{measure.mode}, one {measure.level}, batch {measure.batch_size}, "
-             f"{first.metrics.get('precision_used', measure.precision)}, {first.hardware['cpu']}, "
-             f"{first.hardware['threads']} threads, median of {measure.rounds}")  # fmt: skip
-    cells_out = [
-        {"attention": attention_name(r.config["attention"]), "tokens": r.config["tokens"], "status": r.status,
-         **r.metrics}
-        for r in records
-    ]  # fmt: skip
-    output.show({"cells": cells_out}, make_table(columns, rows, title, lines=False))
-    for record in records:
-        for note in [*record.warnings, *filter(None, [record.error])]:
-            output.say(f"{attention_name(record.config['attention'])} at {record.config['tokens']} tokens: {note}")
+    with bench_progress(len(cells)) as listen:
+        records = workflow.run(cells, runtime, listen, force=not resume)
+    if skipped := len(cells) - len(records):
+        output.say(f"{skipped} cells were in {runtime.results} already")
+    changes = comparing.run(comparing.cells(records), old, limits) if old and records else []
+    output.show(
+        {"cells": comparing.cells(records), **({"changes": list(map(dataclasses.asdict, changes))} if old else {})},
+        lambda: _tell_bench(records, changes),
+    )
+    if any(change.broken for change in changes):
+        raise typer.Exit(3)
     if any(record.status != "ok" for record in records):
         raise typer.Exit(1)
+
+
+def _tell_bench(records: list[Record], changes: list[Change]) -> None:
+    from vitcmp import store
+    from vitcmp.render import bench_text
+
+    for title, table, notes in bench_text.terminal(store.table(records)):
+        out.print(make_table(list(table.columns), table.to_numpy().tolist(), title, notes, lines=False), "")
+    for text in dict.fromkeys(
+        f"{attention_name(r.config['attention'])} at {r.config['tokens']} tokens: {note}"
+        for r in records for note in [*r.warnings, *filter(None, [r.error])]
+    ):  # fmt: skip
+        output.say(text)
+    if changes:
+        rows = [[c.cell, c.metric, text_of(c.old), text_of(c.new), _ratio_text(c), c.broken or "–"] for c in changes]
+        out.print(make_table(["cell", "metric", "before", "now", "ratio (95 %)", "beyond"], rows, "Changes"))
+
+
+def _ratio_text(change: Change) -> str:
+    if change.ratio is None:
+        return "–"
+    r = change.ratio
+    return f"{r.value:.3f} ({r.low:.3f} to {r.high:.3f}){', a tie' if change.tie else ''}"
 
 
 @app.command(rich_help_panel="Show")
@@ -670,7 +700,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit codes: 0 ok, 1 some cells failed, 2 bad input, 130 and 143 interrupted."""
+    """Run the command line. Exit: 0 ok, 1 some cells failed, 2 bad input, 3 a regression, 130 and 143 interrupted."""
     signal.signal(signal.SIGTERM, _terminated)
     warnings.showwarning = lambda message, *rest: output.say(f"warning: {message}")
     try:

@@ -250,37 +250,70 @@ class GridConfig:
     """Seeds, such as 0-2 or 0,5."""
 
 
+MODES = ("forward", "backward", "train-step")
+PRECISIONS = ("fp32", "bf16", "fp16", "auto")
+EXECUTIONS = ("eager", "compiled")
+
+
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured, and how long."""
+    """What is measured, and how long. Where several values are given, every combination is measured."""
 
-    level: Literal["attention", "model"] = "attention"
-    """attention: one attention block with its projections; model: the whole ViT."""
-    mode: Literal["forward", "train-step"] = "forward"
-    """forward: inference; train-step: forward, backward and, at the level model, the optimizer."""
+    level: Literal["core", "attention", "block", "model"] = "attention"
+    """core: from queries, keys and values on; attention: with the projections; block: with norms and MLP; model."""
+    mode: str | tuple[str, ...] = "forward"
+    """forward: inference; backward: the gradients alone; train-step: forward, backward and AdamW; or several."""
     tokens: tuple[int, ...] | int | str = "64,256,1024"
     """Token counts without the class token: a list (64,256) or a range of powers of two (64..4096)."""
-    batch_size: int = 8
-    """Images at a time."""
+    image_sizes: tuple[int, ...] | int | str | None = None
+    """Sides of square images in pixels, in place of token counts."""
+    batch_size: tuple[int, ...] | int | str = 4
+    """Images at a time, or several such numbers (1,8,64)."""
+    precision: str | tuple[str, ...] = "fp32"
+    """Number format: fp32, bf16, fp16 or auto (bf16 where the device computes in it), or several."""
+    execution: str | tuple[str, ...] = "eager"
+    """eager, compiled (by torch.compile), or both (eager,compiled)."""
     rounds: int = 15
-    """Timed samples of each mechanism."""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """Number format while measuring."""
+    """At least so many timed samples of each mechanism; more until the median is known to 2 %."""
+    max_seconds: float = 2.0
+    """But no more samples once those of a cell have taken this long."""
+    timeout: float = 120.0
+    """Seconds that one step of a cell (building it with the warm-up, one sample, its memory) may take."""
+    memory_limit: int | Literal["auto"] = "auto"
+    """MiB that measuring may use on a CPU before a cell counts as out of memory; auto: half of the machine's."""
     memory: bool = True
     """Measure peak memory, in a process of its own a cell."""
+    errors: bool = True
+    """Measure the error of mechanisms that approximate another."""
+    run: str | None = None
+    """Trained run whose queries and keys those errors are measured on (default: random ones), with its sizes."""
 
     def __post_init__(self) -> None:
-        _check(self, positive="batch_size rounds")
-        if not self.token_counts:
-            raise UserError("tokens must name at least one token count")
-        for tokens in self.token_counts:
-            if tokens < 1:
-                raise UserError(f"tokens ({tokens}) must be above 0")
+        _check(self, positive="rounds max_seconds timeout memory_limit")
+        for name, known in (("mode", MODES), ("precision", PRECISIONS), ("execution", EXECUTIONS)):
+            for value in self.several(name):
+                choose(value, known, name)
+        for name in ("tokens", "batch_size", "image_sizes"):
+            for number in self.several(name):
+                if number < 1:
+                    raise UserError(f"{name} ({number}) must be above 0")
 
-    @property
-    def token_counts(self) -> tuple[int, ...]:
-        """The token counts, with lists and ranges spelt out."""
-        return integers(self.tokens)
+    def several(self, name: str) -> tuple[Any, ...]:
+        """The values of a setting that may have several, with texts split and ranges spelt out.
+
+        Raises: UserError where there is none.
+        """
+        value = getattr(self, name)
+        if value is None:
+            return ()
+        if name in ("tokens", "batch_size", "image_sizes"):
+            values: tuple[Any, ...] = integers(value)
+        else:
+            parts = value.split(",") if isinstance(value, str) else value
+            values = tuple(dict.fromkeys(part.strip() for part in parts))
+        if not values:
+            raise UserError(f"{name} must name at least one")
+        return values
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from vitcmp.configs import attention_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,6 +120,41 @@ def _epoch_line(event: dict[str, Any]) -> str:
         f"epoch {event['epoch']}/{event['epochs']}: loss {event['train_loss']:.3f}, "
         f"validation {event['validation_top1_pct']:.2f} %, {event['images'] / event['train_seconds']:,.0f} images/s"
     )
+
+
+@contextmanager
+def bench_progress(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What listens to a bench: on a terminal the cells as they come, above a bar; elsewhere a line a cell."""
+    from rich.console import Group
+    from rich.live import Live
+
+    bar, done = _live(), list[str]()
+    task = bar.add_task("bench", total=total, facts="")
+    with Live(bar, console=err, transient=True, refresh_per_second=4) if not bar.disable else nullcontext() as live:
+
+        def listen(event: dict[str, Any]) -> None:
+            if event["event"] == "step":
+                bar.update(task, description=str(event["cell"]), facts=event["text"])
+                return
+            record = event["record"]
+            done.append(_cell_line(record.config, record.status, record.metrics))
+            bar.update(task, completed=event["done"], total=event["total"])
+            if live is None:
+                output.say(done[-1])
+            else:
+                live.update(Group(*map(Text, done[-15:]), bar))
+
+        yield listen
+
+
+def _cell_line(config: Mapping[str, Any], status: str, m: Mapping[str, Any]) -> str:
+    """A finished cell in one line."""
+    name = attention_name(config["attention"])
+    place = f"N = {config['tokens']:<6} {name:<24}"
+    if status != "ok":
+        return f"{place} {status}"
+    held = "" if m.get("peak_memory_mib") is None else f"  {short(m['peak_memory_mib'])} MiB"
+    return f"{place} {short(m['latency_ms'])} ms ({short(m['latency_low_ms'])} to {short(m['latency_high_ms'])}){held}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,14 @@ def process_context(device: torch.device, preload: str) -> Any:
     return context
 
 
+def exit_reason(code: int) -> str:
+    """Why a process ended, from its exit code: below 0, the number of the signal."""
+    if code >= 0:
+        return f"the process ended with code {code}"
+    name = signal.Signals(-code).name
+    return f"the process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
 def compiler() -> str | None:
     """The path of the C++ compiler that torch.compile would use on the CPU, if there is one."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):
@@ -112,6 +122,20 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "native_bf16": native_bf16(device.type),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def state(device: torch.device) -> dict[str, float]:
+    """What the machine is doing at the moment: processes that want to run (mean of a minute), and its clock."""
+    found = {}
+    if hasattr(os, "getloadavg"):
+        found["load_1min"] = os.getloadavg()[0]
+    if device.type == "cuda":
+        # torch asks NVIDIA's library, whose Python package may be absent.
+        with contextlib.suppress(ImportError, RuntimeError):
+            found["gpu_mhz"] = float(torch.cuda.clock_rate(device))
+    if mhz := _cpu_info("cpu MHz"):
+        found["cpu_mhz"] = float(mhz)
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -141,7 +165,6 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed else "")
 
 
-@functools.cache
 def _cpu_info(key: str) -> str:
     """The first value of a key of /proc/cpuinfo; empty where there is none."""
     try:

@@ -16,7 +16,7 @@ import os
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -127,9 +127,14 @@ def read(results: str | Path) -> list[Record]:
 
 
 def load(results: str | Path = "results") -> pd.DataFrame:
-    """All records as a table: config and metrics under their own names, hardware and versions with a prefix."""
+    """All records under `results` as a table."""
+    return table(read(results))
+
+
+def table(records: Sequence[Record]) -> pd.DataFrame:
+    """Records as a table: config and metrics under their own names, hardware and versions with a prefix."""
     rows = []
-    for record in read(results):
+    for record in records:
         fields = record.model_dump()
         row = {**fields.pop("config"), **fields.pop("metrics")}
         for part in ("hardware", "versions"):

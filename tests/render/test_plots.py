@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from vitcmp import attention
-from vitcmp.render import plots, tables
+from vitcmp.render import plots
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -29,17 +29,6 @@ def comparison(rows: int) -> pd.DataFrame:
         "attention": names, "top1_pct": np.linspace(90, 91, rows), "top1_std_pct": [math.nan, *[0.3] * (rows - 1)],
         "latency_ms": np.geomspace(1, 40, rows), "macs_g": np.linspace(0.001, 0.002, rows),
     })  # fmt: skip
-
-
-def scaling(*conditions: tuple[str, int]) -> pd.DataFrame:
-    lines = [
-        {"level": level, "mode": "forward", "batch_size": batch, "precision": "fp32", "model": "dim 48",
-         "machine": "cpu", "attention": name, "tokens": tokens, "status": "ok", "latency_ms": tokens / 100,
-         "latency_q1_ms": tokens / 110, "latency_q3_ms": tokens / 90, "peak_memory_mib": tokens % 1024}
-        for level, batch in conditions for name in ("linear", "softmax") for tokens in (64, 256, 1024)
-    ]  # fmt: skip
-    lines.append({**lines[0], "tokens": 4096, "status": "oom", "latency_ms": math.nan})
-    return pd.DataFrame(lines)
 
 
 def log(loss: float, epochs: int = 3) -> list[dict[str, float]]:
@@ -84,15 +73,6 @@ def test_accuracy_against_leaves_out_what_was_not_measured(tmp_path: Path) -> No
     assert np.array_equal(three, with_gap)
 
 
-@pytest.mark.parametrize("y", ["latency_ms", "peak_memory_mib"])
-def test_scaling_plot_has_a_panel_for_each_set_of_conditions(tmp_path: Path, y: str) -> None:
-    plots.scaling_plot(scaling(("attention", 8)), y, tmp_path / "one.png")
-    plots.scaling_plot(scaling(("attention", 8), ("attention", 1), ("model", 8)), y, tmp_path / "three.png")
-    one, three = size_of(tmp_path / "one.png"), size_of(tmp_path / "three.png")
-    assert one[1] == three[1] == 1200
-    assert three[0] == 2 * one[0]
-
-
 def test_curves_of_logs_of_several_lengths_and_a_loss_that_was_lost(tmp_path: Path) -> None:
     broken = [{**log(2.0)[0], "train_loss": None}]
     logs = {"softmax": [log(2.0), log(2.2, epochs=2)], "linear": [log(3.0)], "mine.py": [broken]}
@@ -109,15 +89,20 @@ def test_confusion(tmp_path: Path, classes: int) -> None:
     assert size_of(tmp_path / "c.png")[1] == 1200
 
 
-def test_by_conditions_titles_name_what_differs() -> None:
-    titles = [title for title, _ in tables.by_conditions(scaling(("attention", 8), ("model", 8)))]
-    assert titles == ["attention, forward, batch 8, fp32", "whole model, forward, batch 8, fp32"]
+def test_a_long_legend_does_not_squeeze_the_panels(tmp_path: Path) -> None:
+    heights = []
+    for count in (2, 40):
+        plots.epoch_seconds({f"m{i}.py": [log(2.0)] for i in range(count)}, tmp_path / "a.png")
+        heights.append(size_of(tmp_path / "a.png")[0])
+    assert heights[0] == 630
+    # 8 lines of 5 names, of which the first 2 were always there.
+    assert heights[1] == 630 + round(6 * 0.19 * 150)
 
 
 def test_neither_torch_nor_a_figure_manager_is_needed(tmp_path: Path) -> None:
     code = f"""
 import sys
-from vitcmp.render import plots, tables
+from vitcmp.render import bench_plots, plots
 plots.epoch_seconds({{"softmax": [{log(1.0)}]}}, {str(tmp_path / "a.png")!r})
 from matplotlib import _pylab_helpers
 print("torch" in sys.modules, len(_pylab_helpers.Gcf.figs))

@@ -176,7 +176,7 @@ def test_latencies_of_several_batch_sizes_never_share_a_table(records: Records) 
     assert (latency["softmax"], latency["linear"]) == (1.0, 2.0)
     assert pd.isna(latency["entmax"])
     assert "No latency: entmax: oom" in found.notes
-    assert any("batch size 8, fp32, on cpu (Fast 9000, 2 threads)" in note for note in found.notes)
+    assert any("batch size 8, fp32, eager, on cpu (Fast 9000, 2 threads)" in note for note in found.notes)
 
 
 def test_of_batch_sizes_that_cover_as_much_the_newest_counts(records: Records) -> None:
@@ -198,26 +198,21 @@ def test_warnings_of_runs_and_mixed_machines_are_notes(records: Records) -> None
 
 def test_no_records_no_tables() -> None:
     assert tables.comparison(pd.DataFrame()) == []
-    assert tables.scaling(pd.DataFrame()).empty
 
 
-def test_scaling_keeps_the_newest_and_the_status(records: Records) -> None:
-    records.bench(latency=9.0)
-    records.bench(latency=2.0, latency_samples_ms=[1.0, 2.0, 3.0, 4.0, 5.0])
-    records.bench(latency=None, tokens=256, status="oom")
-    records.bench(latency=7.0, batch_size=1)
-    records.bench(latency=8.0, dim=64)
-    table = tables.scaling(records.table)
-    assert len(table) == 4
-    parts = dict(tables.by_conditions(table))
-    assert len(parts) == 3
-    part = next(part for part in parts.values() if len(part) == 2)
-    assert part["latency_ms"][0] == 2.0
-    assert part[["latency_q1_ms", "latency_q3_ms"]].iloc[0].tolist() == [2.0, 4.0]
-    assert part["status"].tolist() == ["ok", "oom"]
-    assert tables.pivot(part, "latency_ms").to_dict("records") == [
-        {"Mechanism": "softmax", "N = 64": "2.00", "N = 256": "oom"}
-    ]
+def test_compiled_and_eager_latencies_never_share_a_table(records: Records) -> None:
+    for name in ("softmax", "linear"):
+        records.train(name)
+        records.bench(name, 1.0)
+    records.bench("softmax", 0.5, execution="compiled")
+    (found,) = tables.comparison(records.table)
+    assert found.table["latency_ms"].tolist() == [1.0, 1.0]
+    assert any("fp32, eager, on cpu" in note for note in found.notes)
+
+
+def test_bold_cells_are_bold_in_latex_too() -> None:
+    text = tables.to_latex(pd.DataFrame({"Mechanism": ["a_b"], "N = 64": ["**1.5**"]}))
+    assert r"a\_b & \textbf{1.5} \\" in text
 
 
 def test_numbers_have_sensible_digits_and_units(records: Records) -> None:

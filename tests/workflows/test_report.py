@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import pandas as pd
 import pytest
 
@@ -84,7 +85,7 @@ def test_markdown_links_what_exists_and_says_what_failed(full: Path) -> None:
     assert "torch 9.9" in text
     assert "commit: abc123" in text
     assert "entmax, seed 0: diverged: the &lt;loss&gt; is nan" in text
-    assert ["softmax", "1.14", "oom"] in [line.replace("|", " ").split() for line in text.splitlines()]
+    assert ["softmax", "**1.14**", "oom"] in [line.replace("|", " ").split() for line in text.splitlines()]
 
 
 def test_every_format_and_a_page_that_needs_no_other_file(full: Path, tmp_path: Path) -> None:
@@ -112,6 +113,77 @@ def test_bench_records_alone_are_a_report(tmp_path: Path) -> None:
     found = report.run(str(tmp_path))
     assert found.comparisons == []
     assert {path.name for path in found.paths} == {"report.md", "scaling.csv"}
+
+
+def add_measured(results: Path, attention: str, tokens: int, batch_size: int, latency: float, **metrics: Any) -> None:
+    """A bench record with all that `vitcmp bench` may measure."""
+    config = resolve_run({"dataset": "digits", "attention": attention}).flat()
+    config |= {"level": "core", "mode": "backward", "tokens": tokens, "batch_size": batch_size, "precision": "fp32",
+               "execution": "eager"}  # fmt: skip
+    metrics = {
+        "latency_ms": latency, "latency_low_ms": 0.9 * latency, "latency_high_ms": 1.1 * latency, "group": str(tokens),
+        "latency_samples_ms": [latency * (1 + i / 100) for i in range(9)], "noise_floor_pct": 0.5,
+        "peak_memory_mib": tokens / 4, "inference_memory_mib": tokens / 16, "activation_memory_mib": tokens / 8,
+        "macs_g": 1.0, "counted_macs_g": 1.0, "ptflops_macs_g": 0.5, "intensity_flop_byte": 3.0, "peak_gflop_s": 100.0,
+        "copy_gb_s": 10.0, "achieved_gflop_s": 20.0, "fraction_of_peak": 0.2, **metrics,
+    }  # fmt: skip
+    add(results, "bench", config, metrics=metrics, warnings=["ptflops finds 50.0 % less: it does not see <ops>"])
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """Softmax and something linear that approximates it, over tokens and batch sizes."""
+    results = tmp_path / "results"
+    for batch_size in (1, 8):
+        for tokens in (64, 256, 1024):
+            add_measured(results, "softmax", tokens, batch_size, batch_size * tokens**2 / 1e5)
+            add_measured(results, "performer", tokens, batch_size, batch_size * tokens / 1e3, output_error=0.3,
+                         map_error=0.4, uniform_error=0.9, error_target="softmax", error_on="random q, k")  # fmt: skip
+    return results
+
+
+def test_all_that_bench_measures_is_shown(measured: Path) -> None:
+    found = report.run(str(measured), formats=["all"])
+    tables = {"scaling", "growth", "winners", "macs", "roofline", "approximation"}
+    pictures = {"latency-vs-tokens", "memory-vs-tokens", "activations-vs-tokens", "winners", "roofline",
+                "latency-vs-error"}  # fmt: skip
+    names = {path.name for path in found.paths}
+    assert names == {"report.md", "report.html"} | {f"{name}.{end}" for name in tables for end in ("csv", "tex")} | {
+        f"{name}.png" for name in pictures
+    }
+    text = (measured / "report" / "report.md").read_text()
+    for line in (
+        "## Growth and crossovers", "Held for the backward pass (MiB): attention core, backward, batch 8, fp32",
+        "ptflops departs (it does not see &lt;ops&gt;): performer by -50 % at every N; softmax by -50 % at every N.",
+        "Two copies of one mechanism differed by up to 0.5 %", "Measured on random q, k.",
+    ):  # fmt: skip
+        assert line in text
+    rows = [line.replace("|", " ").split() for line in text.splitlines()]
+    assert ["softmax", "**0.328**", "5.24", "83.9"] in rows
+    assert ["performer", "0.512", "**2.05**", "**8.19**"] in rows
+    assert ["8", "softmax", "(by", "56", "%)", "performer", "(by", "156", "%)"] in [row[:9] for row in rows]
+
+
+def test_bold_is_bold_in_every_format_and_a_column_of_the_numbers(measured: Path) -> None:
+    report.run(str(measured), formats=["all"])
+    folder = measured / "report"
+    assert "<b>8.19</b>" in (folder / "report.html").read_text()
+    assert "**" not in (folder / "report.html").read_text()
+    assert r"\textbf{8.19}" in (folder / "scaling.tex").read_text()
+    table = pd.read_csv(folder / "scaling.csv")
+    assert table[table["tokens"] == 1024]["tied_with_quickest"].tolist() == [True, False, True, False]
+    assert table["latency_ms"].dtype == float
+    assert "latency_samples_ms" not in table
+
+
+def test_many_panels_of_errors_are_cut_to_the_largest_tokens(measured: Path) -> None:
+    for batch_size in (2, 4, 16):
+        for tokens in (64, 256, 1024):
+            add_measured(measured, "performer", tokens, batch_size, 1.0, output_error=0.3)
+    report.run(str(measured))
+    picture = matplotlib.image.imread(measured / "report" / "latency-vs-error.png")
+    # Five sets of conditions, two a row, in place of fifteen panels.
+    assert picture.shape[0] == 3 * 555
 
 
 def test_runs_whose_folder_is_gone_have_a_table_and_no_curves(tmp_path: Path) -> None:

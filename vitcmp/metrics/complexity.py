@@ -1,20 +1,25 @@
-"""What a model computes: parameters and multiply-adds (MACs; 1 MAC = 2 FLOPs)."""
+"""What a model computes: parameters, multiply-adds (MACs; 1 MAC = 2 FLOPs), and the bytes that it moves."""
 
 from __future__ import annotations
 
-import contextlib
-import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from vitcmp import attention
+from vitcmp.attention import _entmax  # noqa: F401  its operations are counted below
 
 if TYPE_CHECKING:
     from vitcmp.models.vit import ViT
+
+TOLERANCE = 0.02
+"""Share by which two ways of counting may differ and still agree."""
 
 
 def parameters_m(model: nn.Module) -> float:
@@ -47,7 +52,7 @@ class UncountedError(RuntimeError):
     """An operation that the counter does not know, and that is not known to multiply nothing."""
 
 
-# Beside views and what torch tags as element-wise. Sums, maxima, sorting, copying: no multiply-adds.
+# Beside views and what torch tags as element-wise. Sums, maxima, sorting, copying, updates: no multiply-adds.
 FREE = frozenset(
     """
     _softmax _log_softmax _to_copy _unsafe_view amax amin any arange argsort as_strided bernoulli_ bincount cat clone
@@ -56,54 +61,176 @@ FREE = frozenset(
     native_dropout native_layer_norm new_empty new_empty_strided new_full new_ones new_zeros norm ones ones_like
     rand randn roll scalar_tensor scatter scatter_ scatter_add slice_scatter sort stack sum topk unbind where zero_
     zeros zeros_like _adaptive_avg_pool2d avg_pool2d _local_scalar_dense index_put_ index_put repeat detach flip
-    upsample_bicubic2d _upsample_bicubic2d_aa resize_ select_scatter argmax floor_divide masked_fill_
+    upsample_bicubic2d _upsample_bicubic2d_aa resize_ select_scatter argmax floor_divide masked_fill_ embedding
+    nll_loss_forward _fused_rms_norm
+    _softmax_backward_data _log_softmax_backward_data nll_loss_backward native_layer_norm_backward select_backward
+    slice_backward embedding_dense_backward avg_pool2d_backward _adaptive_avg_pool2d_backward unfold_backward
+    upsample_bicubic2d_backward _upsample_bicubic2d_aa_backward native_dropout_backward _fused_rms_norm_backward
+    _fused_adamw_ _record_function_enter_new _record_function_exit
     """.split()  # noqa: SIM905
 )
+_OVERWRITES = frozenset("copy_ fill_ zero_ bernoulli_ resize_".split())  # noqa: SIM905
+"""Operations in place that do not read what they write to."""
+_UNTOUCHED = frozenset("empty empty_like empty_strided new_empty new_empty_strided resize_".split())  # noqa: SIM905
 
 
-class _Audit(TorchDispatchMode):
-    """Raises UncountedError for an operation that may multiply and is counted nowhere."""
+@dataclass(frozen=True)
+class Count:
+    """What the operations of one call do, forward and backward, for the whole batch."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        free = name in FREE or func.is_view or torch.Tag.pointwise in func.tags
-        if not free and func.overloadpacket not in flop_registry and func.overloadpacket not in _COUNTED_HERE:
-            raise UncountedError(
-                f"{func} is neither counted nor known to cost no multiply-adds: register its formula with "
-                "torch.utils.flop_counter.register_flop_formula"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _cpu_fused(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """The counter knows the GPU's fused attention but not the CPU's, and would count 0 for it."""
-    return sdpa_flop_count(query, key, value)
+    macs: int
+    moved_bytes: int
+    """Each operation that is no view reads its inputs once and writes its results once: the traffic of eager
+    execution, but for what stays in caches. Repeats of a broadcast tensor are not read twice."""
+    by_operation: dict[str, int] = field(default_factory=dict)
+    """MACs by the name of the operation, such as aten.bmm."""
+    biases: int = 0
+    """Additions of biases within the products, which are not among the MACs."""
 
 
-_COUNTED_HERE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_fused}
+def count(call: Callable[[], object]) -> Count:
+    """MACs, as torch's counter sees them, and bytes moved by one eager call.
+
+    Raises: UncountedError for an operation that is neither counted nor known to be free: no silent zeros.
+    """
+    # The counter takes composite operations apart before the audit sees them.
+    with _Audit() as audit, FlopCounterMode(display=False, custom_mapping=_COUNTED_HERE) as counter:
+        call()
+    by_operation = {str(name): flops // 2 for name, flops in counter.get_flop_counts().get("Global", {}).items()}
+    return Count(counter.get_total_flops() // 2, audit.moved_bytes, by_operation, audit.biases)
 
 
 def counted_macs(model: nn.Module, *inputs: Tensor) -> int:
     """MACs of one forward pass as torch's counter sees them, for the whole batch.
 
-    Raises: UncountedError for an operation that is neither counted nor known to be free: no silent zeros.
+    Raises: UncountedError for an operation that is neither counted nor known to be free.
     """
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_COUNTED_HERE) as counter, _Audit():
-        model(*inputs)
-    return counter.get_total_flops() // 2
+    with torch.no_grad():
+        return count(lambda: model(*inputs)).macs
 
 
-def ptflops_macs(model: nn.Module, sample: Tensor) -> int | None:
+def ptflops_macs(model: nn.Module, *inputs: Tensor) -> int | None:
     """MACs of one forward pass as ptflops counts them on aten operations; None where it fails.
 
-    It counts element-wise work too, and does not know every fused operation.
+    It adds biases as MACs, and does not know every operation: `disagreement` says what that comes to.
     """
-    from ptflops import get_model_complexity_info
+    # Its engine by itself: the function around it leaves hooks on the model, and reports failures to the terminal.
+    from ptflops.aten_engine import FlopCounterMode as PtflopsCounter
 
-    # It prints to stdout, and feeds uninitialised memory unless given an input.
-    with contextlib.redirect_stdout(io.StringIO()):
-        macs, _ = get_model_complexity_info(
-            model, tuple(sample.shape[1:]), input_constructor=lambda _: {"images": sample},
-            backend="aten", as_strings=False, print_per_layer_stat=False, verbose=False,
-        )  # fmt: skip
-    return None if macs is None else int(macs)
+    counter = PtflopsCounter()
+    try:
+        with torch.no_grad(), counter:
+            model(*inputs)
+    except Exception:
+        return None
+    return int(counter.complexity)
+
+
+def disagreement(closed: int, found: Count, ptflops: int | None) -> list[str]:
+    """Which ways of counting a forward pass depart from its closed form by more than 2 %, and why where known.
+
+    All three for the same batch. The causes are those that `found` shows: operations that ptflops lacks, and biases.
+    """
+    from ptflops.aten_ops import ATEN_OPS_MAPPING
+
+    lines = []
+    if excess := _excess(found.macs, closed):
+        lines.append(f"torch's counter finds {excess} than the closed form")
+    if ptflops is None:
+        lines.append("ptflops failed")
+    elif excess := _excess(ptflops, closed):
+        known = {str(name) for name in ATEN_OPS_MAPPING}
+        unseen = {name: macs for name, macs in found.by_operation.items() if macs and name not in known}
+        causes = []
+        if ptflops < closed and unseen:
+            causes.append(f"it does not see {', '.join(unseen)}")
+        if ptflops > closed and found.biases:
+            causes.append("it counts biases as MACs")
+        if _excess(ptflops, found.macs - sum(unseen.values()) + found.biases) or not causes:
+            causes.append("a cause is not known")
+        lines.append(f"ptflops finds {excess} than the closed form: {', and '.join(causes)}")
+    return lines
+
+
+def _excess(found: int, wanted: int) -> str:
+    """By how much a count departs, as `3.1 % more`; empty where it agrees."""
+    if abs(found - wanted) <= TOLERANCE * wanted:
+        return ""
+    share = f"{abs(found / wanted - 1):.1%}".replace("%", " %") if wanted else f"{found:,} MACs"
+    return f"{share} {'more' if found > wanted else 'less'}"
+
+
+class _Audit(TorchDispatchMode):
+    """Adds up bytes and biases; raises UncountedError for an operation that may multiply and is counted nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved_bytes = self.biases = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        free = name in FREE or name.startswith("_foreach_") or func.is_view or torch.Tag.pointwise in func.tags
+        if not free and func.overloadpacket not in flop_registry and func.overloadpacket not in _COUNTED_HERE:
+            raise UncountedError(
+                f"{func} is neither counted nor known to cost no multiply-adds: register its formula with "
+                "torch.utils.flop_counter.register_flop_formula"
+            )
+        result = func(*args, **kwargs)
+        if not func.is_view and name not in _UNTOUCHED:
+            self.moved_bytes += _moved_bytes(func, args, kwargs, result)
+        if func.overloadpacket is torch.ops.aten.addmm or (name == "convolution" and args[2] is not None):
+            self.biases += result.numel()
+        return result
+
+
+def _moved_bytes(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that an operation reads and writes."""
+    given = [(a, kwargs.get(a.name, args[i] if i < len(args) else None)) for i, a in enumerate(func._schema.arguments)]
+    changed = {id(t) for a, value in given if a.alias_info and a.alias_info.is_write for t in _tensors(value)}
+    read = {id(t): t for a, value in given for t in _tensors(value)}
+    written = {id(t): t for t in _tensors(result)} | {key: t for key, t in read.items() if key in changed}
+    if not changed and {*map(_storage, written.values())} & {*map(_storage, read.values())}:
+        return 0  # a view that is not declared as one
+    if func.overloadpacket.__name__ in _OVERWRITES or any(a.is_out for a, _ in given):
+        read = {key: t for key, t in read.items() if key not in changed}
+    return sum(map(_bytes, read.values())) + sum(map(_bytes, written.values()))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (x for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _bytes(x: Tensor) -> int:
+    """Bytes of memory behind a tensor: a dimension of stride 0 repeats the same ones, as may overlapping windows."""
+    numbers = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        numbers *= size if stride or not size else 1
+    return min(numbers * x.element_size(), x.untyped_storage().nbytes())
+
+
+def _fused_on_cpu(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """The counters of older torch know the GPU's fused attention but not the CPU's, and would count 0 for it."""
+    return sdpa_flop_count(query, key, value)
+
+
+def _fused_on_cpu_backward(
+    gradient: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def _entmax_backward(gradient: Any, query: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """As for other fused attention, scores computed again and four products, in full whatever sparsity saves."""
+    heads, tokens, width = query
+    return 10 * heads * tokens**2 * width
+
+
+_COUNTED_HERE = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_on_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_on_cpu_backward,
+    torch.ops.vitcmp.entmax_attention_backward: _entmax_backward,
+}

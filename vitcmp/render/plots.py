@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vitcmp import attention
-from vitcmp.render.tables import by_conditions
 
 Log = Sequence[Mapping[str, Any]]
 """The epochs of one run, as `store.read_log` gives them."""
@@ -37,11 +35,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # The number of markers shares no divisor with that of colours, so 70 pairs differ.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
-
-SCALING_AXES = {
-    "latency_ms": "Latency (ms)",
-    "peak_memory_mib": "Peak memory (MiB)",
-}
 
 
 class Style(NamedTuple):
@@ -80,19 +73,19 @@ def accuracy_against(table: pd.DataFrame, x: str, path: Path, among: Sequence[st
     costs, unit = table[x], {"latency_ms": "Latency of a forward pass (ms)", "macs_g": "Cost of an image (G MACs)"}[x]
     if x == "macs_g" and costs.max() < 1:
         costs, unit = costs * 1000, unit.replace("(G ", "(M ")
-    figure, (axes,) = _figure(1, 4.8)
+    figure, (axes,) = new_figure(1, 4.8)
     texts, markers, halo = [], [], withStroke(linewidth=2.5, foreground="white")
     for name, cost, top1, std in zip(table["attention"], costs, table["top1_pct"], table["top1_std_pct"], strict=True):
         look = style(name, among or tuple(table["attention"]))
         if pd.notna(std):
             axes.errorbar(cost, top1, yerr=std, color=look.color, alpha=0.6, capsize=3, elinewidth=1, zorder=2)
-        texts.append(axes.text(cost, top1, _short(name), fontsize=9, zorder=3, path_effects=[halo]))
+        texts.append(axes.text(cost, top1, short(name), fontsize=9, zorder=3, path_effects=[halo]))
         markers += axes.plot(cost, top1, color=look.color, marker=look.marker, markersize=8, linestyle="", zorder=4)
     front = pareto(costs.tolist(), table["top1_pct"].tolist())
     axes.step(costs[front], table["top1_pct"][front], where="post", color="0.6", linewidth=1.2, label="Pareto front")
     if costs.max() > 8 * costs.min():
         axes.set_xscale("log")
-        _plain_log_ticks(axes, "x")
+        plain_log_ticks(axes, "x")
     axes.margins(x=0.12, y=0.12)
     axes.set(xlabel=unit, ylabel="Test top-1 (%)")
     figure.legend(loc="outside upper right", frameon=False, fontsize=9)
@@ -102,56 +95,28 @@ def accuracy_against(table: pd.DataFrame, x: str, path: Path, among: Sequence[st
         force_pull=(0.005, 0.005),
         arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7},
     )  # fmt: skip
-    _save(figure, path)
-
-
-def scaling_plot(scaling: pd.DataFrame, y: str, path: Path, among: Sequence[str] = ()) -> None:
-    """`latency_ms` (with a band from the first to the third quartile) or `peak_memory_mib` over tokens, both
-    logarithmic: one panel for each set of conditions of the scaling table. Cells without a number, or with 0, are
-    left out."""
-    among = among or tuple(scaling["attention"].unique())
-    parts = by_conditions(scaling[scaling[y] > 0])
-    figure, panels = _figure(len(parts), 3.9)
-    for axes, (title, part) in zip(panels, parts, strict=True):
-        for name, rows in part.groupby("attention"):
-            look = style(str(name), among)
-            axes.plot(rows["tokens"], rows[y], label=_short(str(name)), markersize=5, linewidth=1.4, **look._asdict())
-            if y == "latency_ms":
-                axes.fill_between(
-                    rows["tokens"], rows["latency_q1_ms"], rows["latency_q3_ms"], color=look.color, alpha=0.2,
-                    linewidth=0,
-                )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        counts = sorted(part["tokens"].unique())
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.xaxis.set_minor_locator(NullLocator())
-        _plain_log_ticks(axes, "y")
-        axes.set_title(fill(title, 44 if len(parts) > 1 else 90), fontsize=10)
-        axes.set(xlabel="Patch tokens", ylabel=SCALING_AXES[y])
-    _legend(figure, panels)
-    _save(figure, path)
+    save(figure, path)
 
 
 def learning_curves(logs: Mapping[str, Sequence[Log]], path: Path, among: Sequence[str] = ()) -> None:
     """Training loss and validation accuracy by epoch, side by side; mechanism -> the logs of its seeds."""
-    figure, (left, right) = _figure(2, 3.6)
+    figure, (left, right) = new_figure(2, 3.6)
     _curves(left, logs, "train_loss", among)
     _curves(right, logs, "validation_top1_pct", among)
     left.set(xlabel="Epoch", ylabel="Training loss")
     right.set(xlabel="Epoch", ylabel="Validation top-1 (%)")
-    _legend(figure, [left, right])
-    _save(figure, path)
+    legend(figure, [left, right])
+    save(figure, path)
 
 
 def epoch_seconds(logs: Mapping[str, Sequence[Log]], path: Path, among: Sequence[str] = ()) -> None:
     """Seconds that the training part of each epoch took; mechanism -> the logs of its seeds."""
-    figure, (axes,) = _figure(1, 4.2)
+    figure, (axes,) = new_figure(1, 4.2)
     _curves(axes, logs, "train_seconds", among)
     axes.set_ylim(bottom=0)
     axes.set(xlabel="Epoch", ylabel="Training time of an epoch (s)")
-    _legend(figure, [axes])
-    _save(figure, path)
+    legend(figure, [axes])
+    save(figure, path)
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -159,12 +124,12 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> Non
     matrix = np.asarray(matrix)
     share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     size = len(class_names)
-    figure, (axes,) = _figure(1, 6.8)
+    figure, (axes,) = new_figure(1, 6.8)
     picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axes, label="Share of the true class (%)", shrink=0.8)
     # More names than this would touch each other: show every second, third, ...
     shown = range(0, size, math.ceil(size / 30))
-    names = [_short(class_names[i], 16) for i in shown]
+    names = [short(class_names[i], 16) for i in shown]
     upright = max(map(len, names)) <= 3
     axes.set_xticks(list(shown), names, fontsize=8, rotation=0 if upright else 60, ha="center" if upright else "right",
                     rotation_mode="anchor")  # fmt: skip
@@ -175,7 +140,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: Path) -> Non
         for i, j in np.argwhere(matrix > 0):
             axes.text(j, i, str(matrix[i, j]), ha="center", va="center", fontsize=8 if size <= 10 else 6,
                       color="white" if share[i, j] > 55 else "black")  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def _curves(axes: Axes, logs: Mapping[str, Sequence[Log]], metric: str, among: Sequence[str]) -> None:
@@ -189,7 +154,7 @@ def _curves(axes: Axes, logs: Mapping[str, Sequence[Log]], metric: str, among: S
         epochs = sorted(values)
         look = style(name, among or tuple(logs))
         axes.plot(
-            epochs, [float(np.mean(values[e])) for e in epochs], label=_short(name), linewidth=1.5, markersize=4,
+            epochs, [float(np.mean(values[e])) for e in epochs], label=short(name), linewidth=1.5, markersize=4,
             markevery=max(1, len(epochs) // 8), **look._asdict(),
         )  # fmt: skip
         if len(logs[name]) > 1:
@@ -198,9 +163,9 @@ def _curves(axes: Axes, logs: Mapping[str, Sequence[Log]], metric: str, among: S
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _figure(panels: int, row_height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of README width with this many panels, two a row."""
-    columns = min(2, max(1, panels))
+def new_figure(panels: int, row_height: float, columns: int = 2) -> tuple[Figure, list[Axes]]:
+    """A figure of README width with this many panels, at most `columns` a row."""
+    columns = min(columns, max(1, panels))
     rows = math.ceil(max(1, panels) / columns)
     figure = Figure(figsize=(WIDTH, row_height * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -212,12 +177,13 @@ def _figure(panels: int, row_height: float) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """A PNG file of README width."""
     figure.savefig(path, format="png", dpi=DPI)
 
 
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend below all panels, with every label once."""
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend below all panels, with every label once; a long one makes the figure higher."""
     found: dict[str, Any] = {}
     for axes in panels:
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -225,13 +191,14 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     longest = max(map(len, found), default=1)
     columns = max(1, min(5, len(found), 100 // (longest + 8)))
     names = sorted(found)
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, math.ceil(len(names) / columns) - 2))
     figure.legend(
         [found[n] for n in names], names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
         handlelength=3,
     )  # fmt: skip
 
 
-def _plain_log_ticks(axes: Axes, which: str) -> None:
+def plain_log_ticks(axes: Axes, which: str) -> None:
     """Ticks at 1, 2 and 5 times powers of ten, as plain numbers; fewer where the axis spans much."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
@@ -240,7 +207,7 @@ def _plain_log_ticks(axes: Axes, which: str) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _short(name: str, longest: int = 40) -> str:
+def short(name: str, longest: int = 40) -> str:
     """A name that fits: a path is cut to its file, and what is still too long in its middle."""
     name = re.sub(r"[^,:=]*/", "", name)
     half = longest // 2 - 1

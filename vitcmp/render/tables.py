@@ -1,18 +1,18 @@
-"""Tables of records: what ran under equal conditions, what grows with the tokens, and both as text.
+"""Tables of training runs under equal conditions, and any table as text.
 
-Everything here turns a DataFrame of records, as `store.load` gives it, into tables; nothing is measured or read.
+A DataFrame of records, as `store.load` gives it, becomes tables; nothing is measured or read.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -24,6 +24,8 @@ from vitcmp.configs import ModelConfig, RunConfig, attention_name
 Row = dict[str, Any]
 
 MISSING = "–"
+BOLD = re.compile(r"\*\*(.+?)\*\*")
+"""What Markdown shows in bold: tables of text use it whatever they become."""
 
 HEADINGS = {
     "attention": "Mechanism",
@@ -44,6 +46,9 @@ HEADINGS = {
     "train_seconds": "Training (s)",
     "train_peak_memory_mib": "Train memory (MiB)",
     "peak_memory_mib": "Memory (MiB)",
+    "intensity_flop_byte": "Intensity (FLOP/byte)",
+    "achieved_gflop_s": "Achieved (GFLOP/s)",
+    "fraction_of_peak": "Fraction of peak",
 }
 """Columns that a person sees, in their order, with their unit; a CSV file has the column names themselves."""
 
@@ -55,12 +60,6 @@ TERMINAL_COMPARISON = (
 )  # fmt: skip
 NARROW = tuple(name for name in TERMINAL_COMPARISON if name not in ("top5_pct", "params_m"))
 TERMINAL_SCALING = ("attention", "tokens", "status", "latency_ms", "latency_iqr_ms", "peak_memory_mib", "macs_g")
-
-SCALING_CONDITIONS = ("level", "mode", "batch_size", "precision", "model", "machine")
-SCALING_METRICS = (
-    "latency_ms", "latency_iqr_ms", "latency_q1_ms", "latency_q3_ms", "throughput_img_s", "peak_memory_mib",
-    "macs_g", "attention_macs_g", "params_m",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,59 +100,6 @@ def comparison(records: pd.DataFrame) -> list[Comparison]:
     return [_compare(title, *item, benches) for title, item in zip(titles, found, strict=True)]
 
 
-def scaling(records: pd.DataFrame) -> pd.DataFrame:
-    """The bench records, one row for each mechanism, token count and set of conditions: the newest counts.
-
-    A cell that ran out of memory or failed is a row too, with its status and without a latency. Columns: the
-    conditions (level, mode, batch_size, precision, model, machine), attention, tokens, status, metrics.
-    """
-    newest: dict[tuple[Any, ...], Row] = {}
-    for row in plain_rows(records):
-        if row["kind"] != "bench":
-            continue
-        samples = row.get("latency_samples_ms")
-        if samples:
-            row["latency_q1_ms"], row["latency_q3_ms"] = np.quantile(samples, [0.25, 0.75]).tolist()
-        cell = {
-            "level": row["level"], "mode": row["mode"], "batch_size": row["batch_size"], "precision": _precision(row),
-            "model": _model_text(row), "machine": machine_text(row),
-            "attention": attention_name(row["attention"]), "tokens": row["tokens"],
-        }  # fmt: skip
-        metrics = {name: row.get(name) for name in SCALING_METRICS}
-        newest[tuple(cell.values())] = {**cell, "status": row["status"], **metrics}
-    columns = [*SCALING_CONDITIONS, "attention", "tokens", "status", *SCALING_METRICS]
-    table = pd.DataFrame(list(newest.values()), columns=columns)
-    return table.sort_values([*SCALING_CONDITIONS, "tokens", "attention"], ignore_index=True)
-
-
-def by_conditions(scaling_table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The parts of a scaling table that share all conditions, with a title that tells them apart."""
-    parts = []
-    for key, part in scaling_table.groupby(list(SCALING_CONDITIONS), sort=False, dropna=False):
-        level, mode, batch_size, precision, model, machine = key
-        title = f"{'whole model' if level == 'model' else level}, {mode}, batch {batch_size}, {precision}"
-        same = scaling_table[scaling_table["level"] == level]
-        title += f", {model}" if same["model"].nunique() > 1 else ""
-        title += f", {machine}" if scaling_table["machine"].nunique() > 1 else ""
-        parts.append((title, part.reset_index(drop=True)))
-    return parts
-
-
-def pivot(scaling_part: pd.DataFrame, y: str) -> pd.DataFrame:
-    """One metric as text, mechanisms by token counts; a cell that gave no number shows its status."""
-    counts = sorted(scaling_part["tokens"].unique())
-    cells = {(r["attention"], r["tokens"]): r for r in scaling_part.to_dict("records")}
-    lines = []
-    for name in sorted(scaling_part["attention"].unique()):
-        line = {HEADINGS["attention"]: name}
-        for count in counts:
-            cell = cells.get((name, count))
-            text = MISSING if cell is None else cell["status"] if cell["status"] != "ok" else _number(cell[y])
-            line[f"N = {count}"] = text
-        lines.append(line)
-    return pd.DataFrame(lines)
-
-
 def formatted(table: pd.DataFrame, columns: Iterable[str] = HEADINGS) -> pd.DataFrame:
     """The table as text under readable headings: sensible digits, mean ± standard deviation, small numbers in a
     smaller unit, `–` for what is missing. Columns without a heading are left out."""  # noqa: RUF002
@@ -171,7 +117,7 @@ def formatted(table: pd.DataFrame, columns: Iterable[str] = HEADINGS) -> pd.Data
             unit = next((unit for unit in SMALLER_UNIT if heading.endswith(unit)), None)
             if unit and values.max() < 1:
                 heading, values = heading.replace(unit, SMALLER_UNIT[unit]), values * 1000
-            shown[heading] = [_number(value) for value in values]
+            shown[heading] = [number(value) for value in values]
     return pd.DataFrame(shown)
 
 
@@ -193,7 +139,7 @@ def to_latex(table: pd.DataFrame, caption: str | None = None) -> str:
     """A booktabs table."""
     text = _text(table)
     body = text.to_latex(index=False, escape=True, caption=caption, column_format="l" + "r" * (text.shape[1] - 1))
-    return body.replace(MISSING, "--").replace("±", r"$\pm$")
+    return BOLD.sub(r"\\textbf{\1}", body).replace(MISSING, "--").replace("±", r"$\pm$").replace("≥", r"$\geq$")
 
 
 def to_rich(table: pd.DataFrame, title: str = "", notes: Sequence[str] = (), width: int = 100) -> Table:
@@ -229,6 +175,22 @@ def plain_rows(records: pd.DataFrame) -> list[Row]:
     return sorted(rows, key=lambda row: row["time"])
 
 
+def precision_of(row: Row) -> str:
+    """The precision that was used, where the record tells, else the one that was asked for."""
+    return row.get("precision_used") or row["precision"]
+
+
+def number(value: Any) -> str:
+    """Text as it is, integers in full, other numbers with three significant digits."""
+    if isinstance(value, str):
+        return value
+    if pd.isna(value):
+        return MISSING
+    if not isinstance(value, float) or abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
@@ -237,15 +199,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _precision(row: Row) -> str:
-    return row.get("precision_used") or row["precision"]
-
-
 def _conditions(row: Row) -> dict[str, Any]:
     """All settings that must agree; one that the record lacks is older than the setting and has its default."""
     defaults = {name: value for name, value in RunConfig().flat().items() if name not in ("attention", "seed")}
     settings = {name: default if row.get(name) is None else row[name] for name, default in defaults.items()}
-    return {**settings, "precision": _precision(row)}
+    return {**settings, "precision": precision_of(row)}
 
 
 def _titles(groups: Sequence[dict[str, Any]]) -> list[str]:
@@ -327,22 +285,22 @@ def _line(name: str, rows: list[Row], forward: Row) -> Row:
 def _forward(used: dict[str, list[Row]], benches: list[Row]) -> tuple[dict[str, Row], list[str]]:
     """The bench record of each mechanism's model, and notes.
 
-    All come from one batch size, precision and machine, since latencies of several do not compare: from those that
-    cover most mechanisms, and of these from the newest.
+    All come from one batch size, precision, execution and machine, since latencies of several do not compare: from
+    those that cover most mechanisms, and of these from the newest.
     """
     wanted = {_model_settings(rows[-1]): name for name, rows in used.items()}
     settings: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in benches:
         name = wanted.get(_model_settings(row))
         if name is not None:
-            how = (row["batch_size"], _precision(row), machine_text(row))
+            how = (row["batch_size"], precision_of(row), row.get("execution") or "eager", machine_text(row))
             # Taken out and put back, so that the last entry is the newest.
             settings[how] = {**settings.pop(how, {}), name: row}
     if not settings:
         return {}, []
     how = max(reversed(settings), key=lambda how: sum(r["status"] == "ok" for r in settings[how].values()))
     chosen = settings[how]
-    notes = [f"Latency and forward memory: the whole model, batch size {how[0]}, {how[1]}, on {how[2]}."]
+    notes = [f"Latency and forward memory: the whole model, batch size {how[0]}, {how[1]}, {how[2]}, on {how[3]}."]
     missing = sorted(set(used) - set(chosen))
     notes += [f"No latency under these conditions: {', '.join(missing)}."] if missing else []
     notes += [f"No latency: {name}: {r['status']}" for name, r in sorted(chosen.items()) if r["status"] != "ok"]
@@ -379,31 +337,9 @@ def _inequality_notes(used: dict[str, list[Row]]) -> list[str]:
     return notes
 
 
-def _model_text(row: Row) -> str:
-    """The model settings that the level depends on: sizes always, the rest where it is no default."""
-    names = ["dim", "num_heads", "qkv_bias", "out_bias"]
-    if row["level"] == "model":
-        names += ["depth", "mlp_dim", "pool", "stem", "final_norm"]
-    defaults = ModelConfig()
-    sizes = ("dim", "num_heads", "depth", "mlp_dim")
-    shown = [name for name in names if name in sizes or row.get(name) not in (None, getattr(defaults, name))]
-    return ", ".join(f"{name} {row.get(name)}" for name in shown)
-
-
 def _text(table: pd.DataFrame) -> pd.DataFrame:
     return formatted(table) if "attention" in table else table
 
 
 def _percent(value: float) -> str:
     return MISSING if pd.isna(value) else f"{value:.1f}"
-
-
-def _number(value: Any) -> str:
-    """Text as it is, integers in full, other numbers with three significant digits."""
-    if isinstance(value, str):
-        return value
-    if pd.isna(value):
-        return MISSING
-    if not isinstance(value, float) or abs(value) >= 100:
-        return f"{value:.0f}"
-    return f"{value:#.3g}".rstrip(".")

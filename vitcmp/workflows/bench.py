@@ -1,148 +1,309 @@
 """Measure what mechanisms cost: latency, throughput, peak memory and multiply-adds over token counts.
 
-Latency is taken in this process, all mechanisms in turn; peak memory in a fresh process a cell, so that nothing that
-another cell left behind can hide or add to it. A cell that fails or runs out of memory is a record.
+Cells that differ in their mechanism alone form a group. A worker process holds all of a group and takes their samples
+in turn, in shuffled rounds; the first mechanism runs twice, as two copies, which tells how large a difference means
+nothing. Peak memory is taken in a fresh process a cell. A cell that fails, runs out of memory or of time is a record,
+and costs no other.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
+import uuid
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from vitcmp import attention, machine, store
-from vitcmp.attention import DegenerateWarning, LayerConfig, TokenGrid
-from vitcmp.configs import BenchConfig, ModelConfig, RuntimeConfig, UserError
-from vitcmp.metrics import complexity
-from vitcmp.metrics.latency import interleaved_ms, median_and_iqr
-from vitcmp.metrics.memory import PeakMemory
-from vitcmp.models.vit import ViT, initialise
+from vitcmp.attention import AttentionError, TokenGrid
+from vitcmp.configs import BenchConfig, ModelConfig, RuntimeConfig, UserError, resolve_run, split
+from vitcmp.metrics import latency, memory, roofline
+from vitcmp.metrics.latency import CellLost, Plan
+from vitcmp.metrics.statistics import median_interval
+from vitcmp.metrics.worker import Worker
+from vitcmp.metrics.workload import Cell, MemoryStation, Station
+from vitcmp.models.checkpoint import load_info
 
-MEMORY_TIMEOUT_S = 120
+COLD_SAMPLES = 25
 Listener = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One thing to measure."""
-
-    model: ModelConfig
-    """With the attention spec; at the level model also with the image size that gives the tokens."""
-    bench: BenchConfig
-    tokens: int
-    """Patches, without the class token."""
-
-    @property
-    def name(self) -> str:
-        """The mechanism."""
-        return self.model.attention_name
-
-    @property
-    def grid(self) -> TokenGrid:
-        """The squarest grid of the tokens, with the model's class token."""
-        return TokenGrid.squarest(self.tokens, num_prefix_tokens=int(self.model.pool == "cls"))
-
-
 def cells_of(specs: Sequence[str], model: ModelConfig, bench: BenchConfig) -> list[Cell]:
-    """Every mechanism at every token count, each once, in the order of the token counts.
+    """Every mechanism under every combination of settings, each once, in groups that differ in the mechanism alone.
 
-    Raises: UserError where mechanisms are mixed and the level measures one.
+    Raises: UserError where mechanisms are mixed and the level measures one, or sizes do not fit.
     """
-    patch = model.patch
+    counts = bench.several("tokens")
+    if sides := bench.several("image_sizes"):
+        for side in sides:
+            if side % model.patch:
+                raise UserError(f"image_size ({side}) must be divisible by patch_size ({model.patch})")
+        counts = tuple((side // model.patch) ** 2 for side in sides)
     cells = []
-    for tokens in bench.token_counts:
-        grid = TokenGrid.squarest(tokens)
-        sized = replace(model, patch_size=patch, image_size=(grid.height * patch, grid.width * patch))
-        if grid.height == grid.width:
-            sized = replace(sized, image_size=grid.height * patch)
+    for tokens, batch_size, precision, execution, mode in itertools.product(
+        counts, *map(bench.several, ("batch_size", "precision", "execution", "mode"))
+    ):
+        single = replace(
+            bench, tokens=tokens, batch_size=batch_size, precision=precision, execution=execution, mode=mode,
+            image_sizes=None,
+        )  # fmt: skip
+        sized = _with_tokens(model, tokens)
         for spec in specs:
             mixed = replace(sized, attention=spec)
             named = tuple(map(attention.canonical, mixed.attention_specs))
-            cells.append(Cell(replace(mixed, attention=named), bench, tokens))
+            cells.append(Cell(replace(mixed, attention=named), single))
             if isinstance(cells[-1].model.attention, tuple) and bench.level != "model":
                 raise UserError(f"'{cells[-1].name}' mixes mechanisms over layers: measure it with --level model")
     return list(dict.fromkeys(cells))
 
 
+def model_of(bench: BenchConfig, runtime: RuntimeConfig, given: Mapping[str, Any]) -> ModelConfig:
+    """The model to measure: of the given settings, on top of the trained run's, where `bench` names one.
+
+    Raises: UserError for no such run, or settings that do not fit.
+    """
+    if bench.run is None:
+        return resolve_run({"dataset": "fake", **given}).model
+    trained = asdict(load_info(store.find_run(runtime.results, bench.run)).run_config.model)
+    (model,) = split({**trained, "attention": "softmax", **given}, ModelConfig)
+    return model
+
+
+def _with_tokens(model: ModelConfig, tokens: int) -> ModelConfig:
+    """The model for images that have so many patches, on their squarest grid."""
+    grid, patch = TokenGrid.squarest(tokens), model.patch
+    height, width = grid.height * patch, grid.width * patch
+    return replace(model, patch_size=patch, image_size=height if height == width else (height, width))
+
+
 def run(
     cells: Sequence[Cell], runtime: RuntimeConfig, listen: Listener = lambda event: None, force: bool = True
 ) -> list[store.Record]:
-    """Measure the cells and append a record each; those with the same tokens are interleaved.
+    """Measure the cells and append a record each, as soon as it is measured.
 
     Unless `force`, cells that have an ok record from this code and machine are skipped.
+
+    Raises: UserError or AttentionError, before anything is measured, for a mechanism that can take none of the sizes.
     """
     device = machine.pick_device(runtime.device)
     store.check_writable(runtime.results)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
+    _refuse(cells, device)
     keys = {cell: _key(cell, device) for cell in cells}
     done = set() if force else {r.key for r in store.read(runtime.results) if r.kind == "bench" and r.status == "ok"}
     waiting = [cell for cell in cells if keys[cell] not in done]
-    records = []
-    for tokens in dict.fromkeys((cell.tokens, cell.bench, replace(cell.model, attention="")) for cell in waiting):
-        group = [c for c in waiting if (c.tokens, c.bench, replace(c.model, attention="")) == tokens]
-        for record in _measure(group, keys, runtime, device):
-            store.append(runtime.results, record)
-            records.append(record)
-            listen({"event": "cell", "done": len(records), "total": len(waiting), "record": record})
-    return records
-
-
-def _measure(
-    group: list[Cell], keys: dict[Cell, str], runtime: RuntimeConfig, device: torch.device
-) -> list[store.Record]:
-    """The records of cells that are timed in turn."""
-    calls: dict[str, Callable[[], object]] = {}
-    failures: dict[str, tuple[str, str]] = {}
-    metrics: dict[str, dict[str, Any]] = {}
-    notes: dict[str, list[str]] = {}
-    for cell in group:
-        spec = cell.name
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", DegenerateWarning)
-                block = _build(cell).to(device)
-            notes[spec] = list(dict.fromkeys(str(w.message) for w in caught))
-            metrics[spec] = _sizes(cell, block)
-            call = _call(cell, block, device)
-            call()
-            calls[spec] = call
-        except Exception as error:
-            failures[spec] = _failure(error)
-    bench = group[0].bench
+    records: list[store.Record] = []
+    bench = _Bench(device, runtime, listen)
     try:
-        samples = interleaved_ms(calls, bench.rounds, device)
-    except Exception as error:
-        failures |= {spec: _failure(error) for spec in calls}
-        samples = {}
-    records = []
-    for cell in group:
-        spec = cell.name
-        status, reason = failures.get(spec, ("ok", None))
-        found = metrics.get(spec, {})
-        if spec in samples:
-            middle, spread = median_and_iqr(samples[spec])
-            found |= {
-                "latency_ms": middle, "latency_iqr_ms": spread, "latency_samples_ms": samples[spec],
-                "throughput_img_s": bench.batch_size / middle * 1e3,
-            }  # fmt: skip
-            if bench.memory:
-                found["peak_memory_mib"], note = _peak_memory_mib(cell, device)
-                notes[spec] += [note] if note else []
-        records.append(
-            store.new_record(
-                kind="bench", status=status, key=keys[cell], config=_config(cell), hardware=machine.hardware(device),
-                versions=machine.versions(), commit=machine.commit(), metrics=found, warnings=notes.get(spec, []),
-                error=reason,
-            )
-        )  # fmt: skip
+        for group in _groups(waiting):
+            for cell, outcome in bench.measure(group):
+                record = store.new_record(
+                    kind="bench", key=keys[cell], config=_config(cell), hardware=machine.hardware(device),
+                    versions=machine.versions(), commit=machine.commit(), **outcome,
+                )  # fmt: skip
+                store.append(runtime.results, record)
+                records.append(record)
+                listen({"event": "cell", "done": len(records), "total": len(waiting), "record": record})
+    finally:
+        bench.stop()
     return records
+
+
+def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.bench, replace(cell.model, attention="")), []).append(cell)
+    return list(groups.values())
+
+
+def _refuse(cells: Sequence[Cell], device: torch.device) -> None:
+    """Raise for what no process could measure: an option that fits no size, compiling without a compiler."""
+    if any(cell.bench.execution == "compiled" for cell in cells) and device.type == "cpu" and not machine.compiler():
+        raise UserError("compiling for the CPU needs a C++ compiler; install g++ or leave out --execution compiled")
+    by_name: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_name.setdefault(cell.name, []).append(cell)
+    for mine in by_name.values():
+        # Any size that can be built will do: a size that cannot is a record.
+        for cell in (smallest := {c.tokens: c for c in sorted(mine, key=lambda c: c.tokens)}).values():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    for spec in cell.model.attention_specs:
+                        attention.load(spec).build(cell.layer)
+                break
+            except AttentionError:
+                if cell.tokens == max(smallest):
+                    raise
+            except Exception:
+                break
+
+
+class _Bench:
+    """The measuring of one device: the worker, what is measured once, and what became of each cell."""
+
+    def __init__(self, device: torch.device, runtime: RuntimeConfig, listen: Listener) -> None:
+        self.device, self.runtime, self.listen = device, runtime, listen
+        self.worker: Worker | None = None
+        self.ceilings: dict[torch.dtype, roofline.Ceilings] = {}
+        self.errors: dict[tuple[str, int], dict[str, Any] | CellLost] = {}
+
+    def stop(self) -> None:
+        """End the worker."""
+        if self.worker is not None:
+            self.worker.stop()
+
+    def _process(self, station: type, bench: BenchConfig) -> Worker:
+        limit = memory.default_limit_mib() if bench.memory_limit == "auto" else bench.memory_limit
+        return Worker(
+            station, str(self.device), torch.get_num_threads(), limit, device=self.device, timeout_s=bench.timeout
+        )
+
+    def measure(self, group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """The cells of a group, each with the status, metrics, warnings and error of its record."""
+        bench = group[0].bench
+        self.worker = self.worker or self._process(Station, bench)
+        self.worker.timeout_s = bench.timeout
+        metrics: dict[str, dict[str, Any]] = {cell.name: {} for cell in group}
+        notes: dict[str, list[str]] = {cell.name: [] for cell in group}
+        lost: dict[str, CellLost] = {}
+        for cell in group:
+            self.listen({"event": "step", "cell": cell, "text": "preparing"})
+            try:
+                metrics[cell.name], notes[cell.name] = self._ask(cell, "describe")
+                self._ask(cell, "prepare")
+            except CellLost as loss:
+                lost[cell.name] = loss
+        state = machine.state(self.device)
+        samples, more, floor = self._time([cell for cell in group if cell.name not in lost])
+        lost |= more
+        together = uuid.uuid4().hex[:12]
+        for cell in group:
+            found = metrics[cell.name]
+            if cell.name in lost:
+                end = lost[cell.name]
+                yield cell, dict(status=end.status, error=end.reason, metrics=found, warnings=notes[cell.name])
+                continue
+            found |= {**_latency(samples[cell.name], cell), "noise_floor_pct": floor, "group": together, **state}
+            notes[cell.name] += latency.instability(samples[cell.name], plan_of(bench))
+            self._add_rest(cell, found, notes[cell.name])
+            yield cell, dict(status="ok", metrics=found, warnings=notes[cell.name])
+        self._release()
+
+    def _time(self, cells: list[Cell]) -> tuple[dict[str, list[float]], dict[str, CellLost], float | None]:
+        """The samples of what could be timed, what was lost on the way, and the noise floor in percent."""
+        if not cells:
+            return {}, {}, None
+        by_name = {cell.name: (cell, 0) for cell in cells}
+        twin = f"{cells[0].name} again"
+        by_name[twin] = (cells[0], 1)
+        taken = itertools.count(1)
+
+        def sample(name: str) -> float:
+            cell, copy = by_name[name]
+            self.listen({"event": "step", "cell": cell, "text": f"sample {next(taken)}"})
+            return self._ask(cell, "sample_ms", copy)
+
+        samples, lost = latency.measure(sample, list(by_name), plan_of(cells[0].bench))
+        # The twin is no cell: without it, there is no noise floor, and nothing else is lost.
+        lost.pop(twin, None)
+        again, first = samples.pop(twin, None), samples.get(cells[0].name)
+        floor = None if again is None or first is None else 100 * latency.noise_floor(first, again)
+        return samples, lost, floor
+
+    def _ask(self, cell: Cell, method: str, *args: object) -> Any:
+        """Ask the worker; out of memory counts only in a process that no other cell has filled."""
+        assert self.worker is not None
+        try:
+            return self.worker.ask(method, cell, *args)
+        except CellLost as loss:
+            if loss.status != "oom":
+                raise
+            self.worker.stop()
+        try:
+            return self.worker.ask(method, cell, *args)
+        except CellLost:
+            self.worker.stop()
+            raise
+
+    def _release(self) -> None:
+        assert self.worker is not None
+        if self.worker.process is not None:
+            self.worker.ask("release")
+
+    def _add_rest(self, cell: Cell, found: dict[str, Any], notes: list[str]) -> None:
+        """What is measured beside latency; what cannot be had is left out, with a note."""
+        dtype = cell.dtype(self.device)
+        try:
+            if dtype not in self.ceilings:
+                assert self.worker is not None
+                self.ceilings[dtype] = self.worker.ask("ceilings", dtype)
+            found |= _roofline(found, self.ceilings[dtype])
+        except CellLost as loss:
+            notes.append(f"the machine's ceilings: {loss.reason}")
+        if self.device.type == "cuda":
+            try:
+                found["cold_latency_ms"] = float(np.median(self._ask(cell, "cold_ms", COLD_SAMPLES)))
+            except CellLost as loss:
+                notes.append(f"cold latency: {loss.reason}")
+        if cell.bench.memory:
+            self.listen({"event": "step", "cell": cell, "text": "memory"})
+            try:
+                with self._process(MemoryStation, cell.bench) as child:
+                    found |= child.ask("measure", cell)
+            except CellLost as loss:
+                notes.append(f"peak memory: {loss.reason}")
+        if cell.bench.errors and isinstance(cell.model.attention, str) and attention.load(cell.name).approximates:
+            try:
+                found |= self._errors_of(cell)
+            except CellLost as loss:
+                notes.append(f"error against what it approximates: {loss.reason}")
+
+    def _errors_of(self, cell: Cell) -> dict[str, Any]:
+        """They depend on the mechanism and the tokens alone, so they are measured once."""
+        key = (cell.name, cell.tokens)
+        if key not in self.errors:
+            self.listen({"event": "step", "cell": cell, "text": "error"})
+            try:
+                self.errors[key] = self._ask(cell, "errors", cell.bench.run, self.runtime)
+            except CellLost as loss:
+                self.errors[key] = loss
+        found = self.errors[key]
+        if isinstance(found, CellLost):
+            raise found
+        return found
+
+
+def plan_of(bench: BenchConfig) -> Plan:
+    """When a cell has enough samples."""
+    return Plan(rounds=bench.rounds, max_seconds=bench.max_seconds, most_rounds=max(Plan.most_rounds, bench.rounds))
+
+
+def _latency(samples: list[float], cell: Cell) -> dict[str, Any]:
+    middle, spread = latency.median_and_iqr(samples)
+    low, high = median_interval(samples)
+    return {
+        "latency_ms": middle, "latency_low_ms": low, "latency_high_ms": high, "latency_iqr_ms": spread,
+        "latency_min_ms": min(samples), "latency_samples_ms": samples,
+        "throughput_img_s": cell.batch_size / middle * 1e3,
+    }  # fmt: skip
+
+
+def _roofline(found: dict[str, Any], ceilings: roofline.Ceilings) -> dict[str, Any]:
+    """How near the mechanism comes to what the machine can do; empty where its work is not known."""
+    facts = {"peak_gflop_s": ceilings.gflop_s, "copy_gb_s": ceilings.copy_gb_s}
+    if found.get("work_gflop") is None:
+        return facts
+    work, latency_ms = found["work_gflop"], found["latency_ms"]
+    return {
+        **facts, "achieved_gflop_s": roofline.achieved_gflop_s(work, latency_ms),
+        "fraction_of_peak": roofline.fraction_of_peak(work, latency_ms, ceilings),
+    }  # fmt: skip
 
 
 def _key(cell: Cell, device: torch.device) -> str:
@@ -151,119 +312,5 @@ def _key(cell: Cell, device: torch.device) -> str:
 
 
 def _config(cell: Cell) -> dict[str, Any]:
-    """Flat, with the cell's own token count in place of the list."""
-    return {**asdict(cell.model), **asdict(cell.bench), "tokens": cell.tokens}
-
-
-def _layer(cell: Cell) -> LayerConfig:
-    m = cell.model
-    return LayerConfig(m.dim, m.num_heads, cell.grid, m.qkv_bias, m.out_bias)
-
-
-def _build(cell: Cell) -> nn.Module:
-    """The block or model, with the same weights in every process."""
-    if cell.bench.level == "model":
-        block: nn.Module = ViT(cell.model)
-    else:
-        block = attention.load(cell.name).build(_layer(cell))
-        initialise(block, "auto", seed=0)
-    return block.train(cell.bench.mode == "train-step")
-
-
-def _input(cell: Cell, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape: tuple[int, ...] = (cell.bench.batch_size, cell.grid.num_tokens, cell.model.dim)
-    if cell.bench.level == "model":
-        assert cell.model.channels is not None
-        shape = (cell.bench.batch_size, cell.model.channels, *cell.model.image_hw)
-    return torch.randn(shape, generator=generator).to(device)
-
-
-def _call(cell: Cell, block: nn.Module, device: torch.device) -> Callable[[], object]:
-    """What is timed."""
-    x = _input(cell, device)
-    bf16 = machine.precision(cell.bench.precision, device) == "bf16"
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return block(x)
-
-    def inference() -> None:
-        with torch.inference_mode():
-            forward()
-
-    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-4, fused=True)
-    labels = torch.arange(cell.bench.batch_size, device=device) % (cell.model.num_classes or 1)
-
-    def train_step() -> None:
-        block.zero_grad()
-        y = forward().float()
-        loss = F.cross_entropy(y, labels) if cell.bench.level == "model" else y.square().mean()
-        loss.backward()
-        if cell.bench.level == "model":
-            optimizer.step()
-
-    return inference if cell.bench.mode == "forward" else train_step
-
-
-def _sizes(cell: Cell, block: nn.Module) -> dict[str, Any]:
-    """Parameters and MACs of one image; at the level attention, MACs with the projections."""
-    if isinstance(block, ViT):
-        macs, in_attention = complexity.model_macs(block), complexity.attention_macs(block)
-    else:
-        mechanism, layer = attention.load(cell.name), _layer(cell)
-        macs, in_attention = mechanism.block_macs(layer), mechanism.macs(layer)
-    return {
-        "params_m": complexity.parameters_m(block),
-        "macs_g": macs / 1e9,
-        "attention_macs_g": in_attention / 1e9,
-        "precision_used": machine.precision(cell.bench.precision, _device_of(block)),
-    }
-
-
-def _device_of(block: nn.Module) -> torch.device:
-    return next(block.parameters()).device
-
-
-def _peak_memory_mib(cell: Cell, device: torch.device) -> tuple[float | None, str | None]:
-    """Peak memory of one call above what stood before it, in a process of its own; else None, and why."""
-    if device.type == "cpu" and not _can_fork_a_server():
-        return None, "peak memory: this system does not tell"
-    context = machine.process_context(device, preload=__name__)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_memory_child, args=(cell, str(device), torch.get_num_threads(), sender))
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(MEMORY_TIMEOUT_S):
-            return None, f"peak memory: no answer in {MEMORY_TIMEOUT_S} s"
-        return receiver.recv(), None
-    except EOFError:
-        process.join()
-        return None, f"peak memory: the process ended with code {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
-
-
-def _can_fork_a_server() -> bool:
-    return "forkserver" in multiprocessing.get_all_start_methods() and PeakMemory(torch.device("cpu")).mib() is not None
-
-
-def _memory_child(cell: Cell, device_name: str, threads: int, sender: Any) -> None:
-    torch.set_num_threads(threads)
-    device = torch.device(device_name)
-    warnings.simplefilter("ignore", DegenerateWarning)
-    # One image first: what the libraries allocate once is not the mechanism's.
-    one = replace(cell, bench=replace(cell.bench, batch_size=1))
-    _call(one, _build(one).to(device), device)()
-    call = _call(cell, _build(cell).to(device), device)
-    memory = PeakMemory(device)
-    call()
-    machine.synchronize(device)
-    sender.send(memory.mib())
-
-
-def _failure(error: Exception) -> tuple[Literal["failed", "oom"], str]:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return ("oom" if machine.out_of_memory(error) else "failed"), text
+    """Flat, as a record holds it."""
+    return {**asdict(cell.model), **asdict(cell.bench)}

@@ -156,8 +156,7 @@ def _train_apart(cell: TrainCell, runtime: RuntimeConfig, listen: Listener) -> s
     except EOFError:
         process.join()
         if process.exitcode and process.exitcode < 0:
-            name = signal.Signals(-process.exitcode).name
-            reason = f"the process was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+            reason = machine.exit_reason(process.exitcode)
     except (KeyboardInterrupt, SystemExit):
         # A Ctrl-C reached the child too; either way it writes its own record before it ends.
         process.terminate()

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment
+from markupsafe import Markup, escape
 
 from vitcmp import store
 from vitcmp.configs import UserError, choose
-from vitcmp.render import plots, tables
+from vitcmp.render import bench_plots, bench_tables, plots, tables
 from vitcmp.render.tables import Comparison
 
 FORMATS = ("md", "csv", "tex", "html")
+
+MOST_PANELS = 8
+"""Of a figure: beyond, only the largest token count is drawn."""
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -51,7 +55,7 @@ li, .facts { color: #555; }
 <thead><tr>{% for heading in table.columns %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in table.values.tolist() %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr>{% for cell in row %}<td>{{ cell | bold }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>
@@ -72,7 +76,7 @@ class Report:
 
     comparisons: list[Comparison]
     scaling: pd.DataFrame
-    """The bench records, as `tables.scaling` gives them; empty where there are none."""
+    """The bench records, as `bench_tables.scaling` gives them; empty where there are none."""
     notes: list[str]
     """What concerns the whole store, such as lines that could not be read."""
     paths: list[Path] = field(default_factory=list)
@@ -111,7 +115,7 @@ def run(results: str, out: Path | None = None, formats: Sequence[str] = ("md", "
         if records.empty or not records["kind"].isin(["train", "bench"]).any():
             raise UserError(f"nothing to report in '{results}'; run `vitcmp train` or `vitcmp compare` first, or give "
                             "another --results")  # fmt: skip
-        report = Report(tables.comparison(records), tables.scaling(records), notes=[])
+        report = Report(tables.comparison(records), bench_tables.scaling(records), notes=[])
         logs = [_logs(Path(results), comparison) for comparison in report.comparisons]
     for warning in caught:
         if issubclass(warning.category, store.StoreWarning):
@@ -133,8 +137,7 @@ def _write(report: Report, logs: list[dict[str, list[plots.Log]]], folder: Path,
         _comparison_section(comparison, log, folder, "" if number == 1 else f"-{number}", sorted(names))
         for number, (comparison, log) in enumerate(zip(report.comparisons, logs, strict=True), start=1)
     ]
-    if not report.scaling.empty:
-        sections.append(_scaling_section(report.scaling, folder, sorted(names)))
+    sections += _bench_sections(report.scaling, folder, sorted(names))
     if "md" in wanted:
         _text(report, folder / "report.md", _markdown(sections, report.notes, facts, links="csv" in wanted))
     if "html" in wanted:
@@ -179,28 +182,138 @@ def _comparison_section(
     return _Section(comparison.title, shown, notes, pictures, table, f"table{number}.csv")
 
 
+def _bench_sections(scaling: pd.DataFrame, folder: Path, among: Sequence[str]) -> list[_Section]:
+    """What bench records show; sections with nothing to show are left out."""
+    if scaling.empty:
+        return []
+    sections = [
+        _scaling_section(scaling, folder, among),
+        _growth_section(scaling),
+        _winner_section(scaling, folder, among),
+        _macs_section(scaling),
+        _roofline_section(scaling, folder, among),
+        _approximation_section(scaling, folder, among),
+    ]
+    return [section for section in sections if section.tables]
+
+
 def _scaling_section(scaling: pd.DataFrame, folder: Path, among: Sequence[str]) -> _Section:
     shown, pictures = [], []
     for y, heading, stem in (
         ("latency_ms", "Latency (ms)", "latency-vs-tokens"),
+        ("cold_latency_ms", "Latency with a cold cache (ms)", None),
         ("peak_memory_mib", "Peak memory (MiB)", "memory-vs-tokens"),
+        ("inference_memory_mib", "Peak memory of inference (MiB)", None),
+        ("activation_memory_mib", "Held for the backward pass (MiB)", "activations-vs-tokens"),
     ):
-        parts = tables.by_conditions(scaling)
+        parts = bench_tables.by_conditions(scaling)
         if y != "latency_ms":
             parts = [(title, part) for title, part in parts if part[y].notna().any()]
-        shown += [(f"{heading}: {title}", tables.pivot(part, y)) for title, part in parts]
-        growing = [part for _, part in parts if part.dropna(subset=[y])["tokens"].nunique() > 1]
-        if growing:
+        shown += [(f"{heading}: {title}", bench_tables.pivot(part, y)) for title, part in parts]
+        growing = [part for _, part in parts if part[part[y] > 0]["tokens"].nunique() > 1]
+        if stem and growing:
             path = folder / f"{stem}.png"
-            store.write_atomic(path, partial(plots.scaling_plot, pd.concat(growing), y, among=among))
+            store.write_atomic(path, partial(bench_plots.scaling_plot, pd.concat(growing), y, among=among))
             pictures.append((f"{heading} over tokens", path))
+    floors = scaling["noise_floor_pct"].dropna()
     notes = [
-        "Latency is the median of a batch; bands are from the first to the third quartile. N counts patch tokens.",
+        "Latency is the median of a batch; bands are its 95 % interval. N counts patch tokens.",
+        "Bold: the quickest, and those that cannot be told from it; the control `uniform` is left aside.",
+        *([f"Two copies of one mechanism differed by up to {floors.max():.1f} %: in the same rounds, as much is a tie."]
+          if len(floors) else []),
         "A line ends where a cell gave no number: the tables show why (oom: out of memory).",
         f"Models: {'; '.join(sorted(scaling['model'].unique()))}.",
         f"Measured on {'; '.join(sorted(scaling['machine'].unique()))}.",
+        *bench_tables.bench_notes(scaling),
+    ]  # fmt: skip
+    raw = scaling.drop(columns=list(bench_tables.LISTS))
+    return _Section("Scaling with the number of tokens", shown, notes, pictures, raw, "scaling.csv")
+
+
+def _growth_section(scaling: pd.DataFrame) -> _Section:
+    found = bench_tables.growth(scaling)
+    notes = [
+        "p: slope on a log-log scale; in brackets, 95 % intervals.",
+        "Quicker than softmax from N: the token count from which on a mechanism is quicker than the best softmax "
+        "measured at each N; nothing is said beyond the largest N.",
     ]
-    return _Section("Scaling with the number of tokens", shown, notes, pictures, scaling, "scaling.csv")
+    shown = [(title, bench_tables.growth_text(rows)) for title, rows in found]
+    return _Section("Growth and crossovers", shown, notes, [], bench_tables.growth_numbers(found), "growth.csv")
+
+
+def _winner_section(scaling: pd.DataFrame, folder: Path, among: Sequence[str]) -> _Section:
+    found, pictures = bench_tables.winners(scaling), []
+    if found:
+        path = folder / "winners.png"
+        store.write_atomic(path, partial(bench_plots.winner_map, found, among=among))
+        pictures.append(("The quickest mechanism over tokens and batch size", path))
+    notes = [
+        "The quickest, the control `uniform` left aside, and by how much the second is slower; tie: as many cannot be "
+        "told from the quickest; alone: no other gave a number."
+    ]
+    shown = [(title, bench_tables.winners_text(part)) for title, part in found]
+    return _Section("Quickest over tokens and batch size", shown, notes, pictures, _joined(found), "winners.csv")
+
+
+def _macs_section(scaling: pd.DataFrame) -> _Section:
+    found = bench_tables.macs(scaling)
+    notes = ["Of one image's forward pass. Bold: more than 2 % away from the closed form."]
+    notes += [note for _, part in found for note in bench_tables.macs_notes(part)]
+    shown = [(title, bench_tables.macs_text(part)) for title, part in found]
+    return _Section(
+        "Multiply-adds, counted three ways", shown, list(dict.fromkeys(notes)), [], _joined(found), "macs.csv"
+    )
+
+
+def _roofline_section(scaling: pd.DataFrame, folder: Path, among: Sequence[str]) -> _Section:
+    found, pictures = bench_tables.roofline(scaling), []
+    if found:
+        path = folder / "roofline.png"
+        store.write_atomic(path, partial(bench_plots.roofline_plot, found, among=among))
+        pictures.append(("Achieved speed over arithmetic intensity, below the machine's roof", path))
+    notes = [
+        "Work: counted, 2 FLOP a multiply-add. Traffic: what the operations read and write, as executed. The roof: the "
+        "fastest matrix product and copy that this machine showed.",
+        "At the largest N that at least half of the mechanisms reached; all are in scaling.csv.",
+    ]
+    columns = ["attention", "tokens", "work_gflop", "moved_mib", "intensity_flop_byte", "achieved_gflop_s",
+               "fraction_of_peak", "peak_gflop_s", "copy_gb_s"]  # fmt: skip
+    shown = [(title, bench_tables.roofline_text(part)) for title, part in found]
+    return _Section("Roofline", shown, notes, pictures, _joined(found, columns), "roofline.csv")
+
+
+def _approximation_section(scaling: pd.DataFrame, folder: Path, among: Sequence[str]) -> _Section:
+    found, pictures = bench_tables.approximations(scaling), []
+    panels = [(f"{title}, N = {n}", part[part["tokens"] == n]) for title, part in found
+              for n in sorted(part["tokens"].unique())]  # fmt: skip
+    if len(panels) > MOST_PANELS:
+        largest = [(title, part, bench_tables.largest_common(part)) for title, part in found]
+        panels = [(f"{title}, N = {n}", part[part["tokens"] == n]) for title, part, n in largest]
+    panels = [(title, part) for title, part in panels if part[["output_error", "latency_ms"]].notna().all(axis=1).any()]
+    if panels:
+        path = folder / "latency-vs-error.png"
+        store.write_atomic(path, partial(bench_plots.error_plot, panels, among=among))
+        pictures.append(("Latency over the error of the output", path))
+    measured_on = sorted({text for _, part in found for text in part["error_on"].dropna()})
+    notes = [
+        "Relative Frobenius errors against what the mechanism stands in for; plain mean: the error that the mean of "
+        "all values would have, without any attention.",
+        *([f"Measured on {'; '.join(measured_on)}."] if measured_on else []),
+    ]
+    columns = ["attention", "tokens", "error_target", "error_on", "output_error", "map_error", "uniform_error",
+               "latency_ms", "of_softmax_latency"]  # fmt: skip
+    shown = bench_tables.errors_text(scaling)
+    shown += [(f"Latency over that of the quickest softmax: {title}", bench_tables.pivot(part, "of_softmax_latency"))
+              for title, part in found if part["of_softmax_latency"].notna().any()]  # fmt: skip
+    return _Section("Speed against error", shown, notes, pictures, _joined(found, columns), "approximation.csv")
+
+
+def _joined(parts: Sequence[tuple[str, pd.DataFrame]], columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Parts of a table as one, with their titles in the column `conditions`."""
+    if not parts:
+        return pd.DataFrame()
+    titled = [(part if columns is None else part[list(columns)]).assign(conditions=title) for title, part in parts]
+    return pd.concat(titled, ignore_index=True)
 
 
 def _logs(results: Path, comparison: Comparison) -> dict[str, list[plots.Log]]:
@@ -243,6 +356,7 @@ def _markdown(sections: list[_Section], notes: Sequence[str], facts: str, links:
 def _html(sections: list[_Section], notes: Sequence[str], facts: str) -> str:
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.filters["inline"] = lambda path: f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    environment.filters["bold"] = lambda text: Markup(tables.BOLD.sub(r"<b>\1</b>", str(escape(text))))
     return environment.from_string(PAGE).render(sections=sections, notes=notes, facts=facts)
 
 

@@ -1,0 +1,326 @@
+"""What is measured: a cell of a bench, built and ready to be called, and all that a worker process does with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitcmp import attention, machine
+from vitcmp.attention import AttentionError, DegenerateWarning, LayerConfig, TokenGrid
+from vitcmp.configs import BenchConfig, ModelConfig, RuntimeConfig
+from vitcmp.data.datasets import load_data
+from vitcmp.metrics import approximation, complexity, memory
+from vitcmp.metrics.latency import Call, Timer
+from vitcmp.metrics.roofline import Ceilings, ceilings
+from vitcmp.models.checkpoint import load_run
+from vitcmp.models.vit import Block, ViT, initialise
+
+IMAGES = 4
+"""Test images on which errors are measured."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to measure."""
+
+    model: ModelConfig
+    """With the attention spec; at the level model also with the image size that gives the tokens."""
+    bench: BenchConfig
+    """With one value for each setting that may have several."""
+
+    def __str__(self) -> str:
+        b = self.bench
+        return f"{self.name}, {b.level}, {b.mode}, N = {b.tokens}, batch {b.batch_size}, {b.precision}, {b.execution}"
+
+    @property
+    def name(self) -> str:
+        """The mechanism."""
+        return self.model.attention_name
+
+    @property
+    def tokens(self) -> int:
+        """Patches, without the class token."""
+        return cast(int, self.bench.tokens)
+
+    @property
+    def batch_size(self) -> int:
+        """Images at a time."""
+        return cast(int, self.bench.batch_size)
+
+    @property
+    def grid(self) -> TokenGrid:
+        """The squarest grid of the tokens, with the model's class token."""
+        return TokenGrid.squarest(self.tokens, num_prefix_tokens=int(self.model.pool == "cls"))
+
+    @property
+    def layer(self) -> LayerConfig:
+        """What the mechanism is built from; at the level model, every layer's."""
+        m = self.model
+        return LayerConfig(m.dim, m.num_heads, self.grid, m.qkv_bias, m.out_bias)
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The number format of products on a device."""
+        return DTYPES[machine.precision(cast(str, self.bench.precision), device)]
+
+
+class Workload:
+    """A cell's module and inputs on a device; every process builds the same from the same cell.
+
+    Inputs are normal with standard deviation 1: [B, N, D] tokens, [B, H, N, K] queries, keys and values at the level
+    core, images at the level model. In lower precision they run under autocast, as in training.
+
+    Raises: AttentionError where the mechanism cannot take these sizes, or has no core to measure.
+    """
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        self.cell, self.device, self.dtype = cell, device, cell.dtype(device)
+        module, shared_qk = _build(cell)
+        self.module = module.to(device).train(cell.bench.mode == "train-step")
+        self.inputs = _inputs(cell, device, self.dtype, shared_qk)
+        self.constants = tuple(x.detach() for x in self.inputs)
+        self.optimizer = None
+        if parameters := list(self.module.parameters()):
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        self.called: Callable[..., Tensor] = self.module
+        if cell.bench.execution == "compiled":
+            # The compiler's cache belongs to a code object, and mechanisms share theirs: a lambda of its own keeps
+            # one from being searched among the others' entries, or from their limit.
+            own = eval("lambda *inputs: module(*inputs)", {"module": self.module})
+            self.called = torch.compile(own, dynamic=False)
+        self.output: Tensor | None = None
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The output."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.called(*inputs)
+
+    def inference(self) -> None:
+        """A forward pass without gradients."""
+        with torch.inference_mode():
+            self.forward(self.constants)
+
+    def loss(self) -> Tensor:
+        """Cross-entropy at the level model, elsewhere the mean square of the output."""
+        y = self.forward(self.inputs).float()
+        if self.cell.bench.level != "model":
+            return y.square().mean()
+        return F.cross_entropy(y, torch.arange(len(y), device=self.device) % y.shape[1])
+
+    def keep_graph(self) -> None:
+        """The forward pass that `backward` goes back through."""
+        self.output = self.loss()
+
+    def backward(self) -> None:
+        """The gradients of all parameters and, but for images, of the inputs."""
+        assert self.output is not None
+        torch.autograd.grad(self.output, self._differentiable(), retain_graph=True, allow_unused=True)
+
+    def train_step(self) -> None:
+        """Forward, backward and AdamW; without parameters, nothing is to be updated."""
+        self.finish_step(self.loss())
+
+    def finish_step(self, loss: Tensor) -> None:
+        """What a step of the cell's mode does after the forward pass."""
+        if self.cell.bench.mode == "backward":
+            self.output = loss
+            self.backward()
+            return
+        self.module.zero_grad()
+        for x in self.inputs:
+            x.grad = None
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+    def call(self) -> Call:
+        """What is timed, and what goes before it."""
+        return {
+            "forward": Call(self.inference),
+            "backward": Call(self.backward, prepare=self.keep_graph),
+            "train-step": Call(self.train_step),
+        }[cast(str, self.cell.bench.mode)]
+
+    def _differentiable(self) -> list[Tensor]:
+        return [t for t in (*self.inputs, *self.module.parameters()) if t.requires_grad]
+
+
+class Core(nn.Module):
+    """A mechanism without its projections: q, k, v of [B, H, N, K] to [B, H, N, K]."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.core = cast(nn.Module, mixer.core)
+        self.after = cast("nn.Module | None", getattr(mixer, "after", None))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the output projection would read."""
+        mixed = self.core(q, k, v)
+        return mixed if self.after is None else self.after(mixed, v)
+
+
+def _build(cell: Cell) -> tuple[nn.Module, bool]:
+    """The module of the cell's level, with the same weights in every process, and whether its keys are its queries."""
+    if cell.bench.level == "model":
+        return ViT(cell.model), False
+    mechanism = attention.load(cell.name)
+    module = mechanism.build(cell.layer)
+    if cell.bench.level == "block":
+        module = Block(cell.model.dim, cell.model.mlp_dim, module, dropout=0.0, drop_path=0.0)
+    initialise(module, "auto", seed=0)
+    if cell.bench.level != "core":
+        return module, False
+    if not hasattr(module, "core"):
+        why = mechanism.no_map or "its block has none"
+        raise AttentionError(f"{cell.name} has no core from queries, keys and values on: {why}; take --level attention")
+    return Core(module), getattr(module, "shared_qk", False)
+
+
+def _inputs(cell: Cell, device: torch.device, dtype: torch.dtype, shared_qk: bool) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(cell.batch_size, *shape, generator=generator).to(device)
+
+    m, layer = cell.model, cell.layer
+    if cell.bench.level == "model":
+        assert m.channels is not None
+        return (normal(m.channels, *m.image_hw),)
+    if cell.bench.level == "core":
+        # Under autocast, the projections would have given them in its format.
+        q, k, v = (normal(m.num_heads, layer.grid.num_tokens, layer.head_dim).to(dtype) for _ in "qkv")
+        inputs = [q, q if shared_qk else k, v]
+    else:
+        inputs = [normal(layer.grid.num_tokens, m.dim)]
+    return tuple(x.requires_grad_(cell.bench.mode != "forward") for x in inputs)
+
+
+class Station:
+    """Lives in a worker process: holds workloads, ready to be timed, and answers what is asked about a cell."""
+
+    def __init__(self, device_name: str, threads: int, limit_mib: int | None) -> None:
+        self.device = torch.device(device_name)
+        torch.set_num_threads(threads)
+        # As in training; what is freed and asked for again must not cost page faults of its own.
+        machine.keep_freed_memory()
+        if limit_mib is not None:
+            memory.limit_memory(limit_mib)
+        warnings.simplefilter("ignore")
+        self.timers: dict[tuple[Cell, int], Timer] = {}
+
+    def ceilings(self, dtype: torch.dtype) -> Ceilings:
+        """What the machine can do in a number format."""
+        return ceilings(self.device, dtype)
+
+    def describe(self, cell: Cell) -> tuple[dict[str, Any], list[str]]:
+        """Parameters, MACs three ways, work and traffic; and what is to be known of them."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DegenerateWarning)
+            load = Workload(_eager(cell), self.device)
+        notes = [str(w.message) for w in caught if issubclass(w.category, DegenerateWarning)]
+        sizes, more = _sizes(load)
+        return sizes, list(dict.fromkeys([*notes, *more]))
+
+    def prepare(self, cell: Cell, copy: int = 0) -> None:
+        """Build a cell, warm it up, and settle how many calls a sample takes; `copy` tells two of one cell apart."""
+        self.timers[cell, copy] = Timer(Workload(cell, self.device).call(), self.device)
+
+    def sample_ms(self, cell: Cell, copy: int = 0) -> float:
+        """Milliseconds a call; a cell that a former worker had prepared is prepared first."""
+        if (cell, copy) not in self.timers:
+            self.prepare(cell, copy)
+        return self.timers[cell, copy].sample_ms()
+
+    def cold_ms(self, cell: Cell, samples: int) -> list[float]:
+        """On CUDA: milliseconds of calls that find the cache full of something else."""
+        if (cell, 0) not in self.timers:
+            self.prepare(cell)
+        return [self.timers[cell, 0].cold_ms() for _ in range(samples)]
+
+    def release(self) -> None:
+        """Forget all workloads."""
+        self.timers.clear()
+
+    def errors(self, cell: Cell, run: str | None, runtime: RuntimeConfig) -> dict[str, Any]:
+        """How far the mechanism is from what it approximates, on a run's queries and keys or on random ones."""
+        if run is None:
+            inputs = approximation.random_inputs(2, cell.model.num_heads, cell.grid.num_tokens, cell.layer.head_dim)
+            return approximation.metrics(cell.name, inputs, cell.layer)
+        trained = load_run(run, runtime.results)
+        trained.model.to(self.device)
+        images = load_data(trained.info.run_config.data, runtime.data_dir).test.images[:IMAGES]
+        inputs = approximation.run_inputs(trained, images, TokenGrid.squarest(cell.tokens))
+        return approximation.metrics(cell.name, inputs)
+
+
+class MemoryStation:
+    """Lives in a process of its own for one cell: what its memory peaks at."""
+
+    def __init__(self, device_name: str, threads: int, limit_mib: int | None) -> None:
+        self.device = torch.device(device_name)
+        torch.set_num_threads(threads)
+        if limit_mib is not None:
+            memory.limit_memory(limit_mib)
+        warnings.simplefilter("ignore")
+
+    def measure(self, cell: Cell) -> dict[str, float | None]:
+        """Metrics of memory, above what the built module and its inputs hold."""
+        # One image first: what the libraries allocate once is not the mechanism's.
+        one = Workload(Cell(cell.model, replace(cell.bench, batch_size=1)), self.device)
+        one.inference()
+        if cell.bench.mode == "forward":
+            del one
+            return memory.measure_memory(self.device, Workload(cell, self.device).inference)
+        one.train_step()
+        del one
+        load = Workload(cell, self.device)
+        return memory.measure_memory(self.device, load.inference, load.loss, load.finish_step)
+
+
+def _eager(cell: Cell) -> Cell:
+    return Cell(cell.model, replace(cell.bench, execution="eager"))
+
+
+def _sizes(load: Workload) -> tuple[dict[str, Any], list[str]]:
+    """MACs of one image's forward pass, three ways; FLOP and bytes of one call of the cell's mode; and notes."""
+    cell, module, batch = load.cell, load.module, load.cell.batch_size
+    macs, in_attention = _closed_form(cell, module)
+    sizes: dict[str, Any] = {
+        "params_m": complexity.parameters_m(module), "macs_g": macs / 1e9, "attention_macs_g": in_attention / 1e9,
+        "precision_used": next(name for name, dtype in DTYPES.items() if dtype == load.dtype),
+    }  # fmt: skip
+    try:
+        forward = complexity.count(load.inference)
+        call = load.call()
+        if call.prepare:
+            call.prepare()
+        whole = forward if cell.bench.mode == "forward" else complexity.count(call.run)
+    except complexity.UncountedError as error:
+        return sizes, [f"MACs: {error}"]
+    found = complexity.ptflops_macs(module, *load.constants)
+    sizes |= {
+        "counted_macs_g": forward.macs / batch / 1e9, "ptflops_macs_g": None if found is None else found / batch / 1e9,
+        "work_gflop": 2 * whole.macs / 1e9, "moved_mib": whole.moved_bytes / 2**20,
+        "intensity_flop_byte": 2 * whole.macs / whole.moved_bytes,
+    }  # fmt: skip
+    notes = complexity.disagreement(macs * batch, forward, found)
+    if notes:
+        sizes["macs_note"] = "; ".join(notes)
+    return sizes, []
+
+
+def _closed_form(cell: Cell, module: nn.Module) -> tuple[int, int]:
+    """MACs of one image at the cell's level, and of the mechanism without its projections."""
+    if isinstance(module, ViT):
+        return complexity.model_macs(module), complexity.attention_macs(module)
+    mechanism, layer = attention.load(cell.name), cell.layer
+    own = mechanism.macs(layer)
+    mlp = 2 * layer.grid.num_tokens * layer.dim * cell.model.mlp_dim
+    whole = mechanism.block_macs(layer)
+    return {"core": own, "attention": whole, "block": whole + mlp}[cell.bench.level], own
