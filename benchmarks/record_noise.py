@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -26,23 +27,30 @@ def piece(repeats: int, x: torch.Tensor) -> None:
         torch.softmax(x @ x, dim=-1)
 
 
-def record(threads: int, seconds: float) -> tuple[np.ndarray, float]:
-    """Durations in units of their median, and the median in ms."""
-    torch.set_num_threads(threads)
-    x = torch.randn(192, 192)
-    # The warm-up, which also sizes a piece.
-    calls, start = 0, time.perf_counter()
-    while (taken := time.perf_counter() - start) < 1:
-        piece(1, x)
-        calls += 1
-    repeats = max(1, round(PIECE_MS / 1e3 * calls / taken))
+def durations_ms(repeats: int, x: torch.Tensor, seconds: float) -> np.ndarray:
+    """Of one piece after the other, without a gap."""
     stamps = [time.perf_counter()]
     while stamps[-1] - stamps[0] < seconds:
         piece(repeats, x)
         stamps.append(time.perf_counter())
-    durations = np.diff(stamps) * 1e3
+    return np.diff(stamps) * 1e3
+
+
+def record(threads: int, seconds: float) -> tuple[np.ndarray, float]:
+    """Durations in units of their median, and the median in ms."""
+    torch.set_num_threads(threads)
+    x = torch.randn(192, 192)
+    # The warm-up, which also sizes a piece; by the median, as a second thread may wait long for its turn.
+    repeats = max(1, round(PIECE_MS / float(np.median(durations_ms(1, x, seconds=1)))))
+    durations = durations_ms(repeats, x, seconds)
     middle = float(np.median(durations))
     return (durations / middle).astype(np.float16), middle
+
+
+def cpu_seconds_of_others() -> float:
+    """What all programs but this one have computed so far, in seconds of one core (Linux)."""
+    user, nice, system, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def other_program() -> None:
@@ -62,21 +70,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tests/metrics/noise.npz"))
     options = parser.parse_args()
     found: dict[str, np.ndarray] = {}
-    context = multiprocessing.get_context("spawn")
     for company in ("quiet", "busy"):
-        other = context.Process(target=other_program, daemon=True)
+        other = multiprocessing.get_context("spawn").Process(target=other_program, daemon=True)
         if company == "busy":
             other.start()
             time.sleep(5)
         for threads in (1, 2):
             name = f"{company}_{threads}"
+            before, start = cpu_seconds_of_others(), time.perf_counter()
             found[name], middle = record(threads, options.seconds)
+            others = (cpu_seconds_of_others() - before) / (time.perf_counter() - start)
             found[f"{name}_ms"] = np.array(middle)
-            percentiles = np.percentile(found[name].astype(float), [1, 25, 75, 99])
-            print(
-                f"{name}: {len(found[name])} pieces of {middle:.2f} ms, percentiles 1, 25, 75, 99:",
-                *percentiles.round(3),
-            )
+            percentiles = np.percentile(found[name].astype(float), [1, 25, 75, 99]).round(3)
+            print(f"{name}: {len(found[name])} pieces of {middle:.2f} ms; others used {others:.0%} of a core; "
+                  f"percentiles 1, 25, 75, 99: {percentiles}", flush=True)  # fmt: skip
         if company == "busy":
             other.kill()
             other.join()

@@ -84,6 +84,13 @@ BAD = {
     "tokens": (["bench", "--tokens", "64,none"], "not a list of whole numbers"),
     "no tokens": (["bench", "--tokens", "0"], "tokens (0) must be above 0"),
     "rounds": (["bench", "--rounds", "0"], "rounds (0) must be above 0"),
+    "mode": (["bench", "--mode", "forward,bakward"], "unknown mode 'bakward'; did you mean 'backward'?"),
+    "level": (["bench", "--level", "head"], "level: 'head' must be 'core', 'attention', 'block' or 'model'"),
+    "image size": (["bench", "--image-size", "33"], "image_size (33) must be divisible by patch_size (4)"),
+    "limit": (["bench", "--diff", ".", "--fail-on", "latency"], "is no limit; write a metric and by how much"),
+    "limit without diff": (["bench", "--fail-on", "latency_ms:+1%"], "--fail-on needs records to compare with"),
+    "diff": (["bench", "--diff", "none.json"], "'none.json' is neither a results folder nor a file"),
+    "bench option": (["bench", "--attention", "nystromformer:num_landmarks=5000"], "num_landmarks"),
     "data folder": (["--data-dir", "nowhere", "train", "--dataset", "mnist"], "no data folder 'nowhere'"),
     "name": (["train", "--name", "../out"], "becomes a folder's name"),
     "second mechanism": (["train", "--attention", "softmax", "--attention", "entmax:alpha=0.5"], "alpha (0.5)"),
@@ -254,14 +261,29 @@ def test_eval_as_json_is_json_and_keeps_predictions(folder: Path, run: str):
 
 
 def test_bench_as_json_has_cells(folder: Path):
-    args = ["--json", "bench", "--attention", "softmax", "--attention", "linear", "--tokens", "16,17", "--rounds", "3"]
-    done = vitcmp(*args, "--batch-size", "2", cwd=folder)
+    args = ["--json", "bench", "--attention", "softmax", "--attention", "linear", "--tokens", "16,17"]
+    args += ["--batch-size", "2", "--max-seconds", "0.1"]
+    done = vitcmp(*args, cwd=folder)
     assert done.returncode == 0, done.stderr
     cells = json.loads(done.stdout)["cells"]
     assert [(c["attention"], c["tokens"], c["status"]) for c in cells] == [
         ("softmax", 16, "ok"), ("linear", 16, "ok"), ("softmax", 17, "ok"), ("linear", 17, "ok"),
     ]  # fmt: skip
-    assert all(len(c["latency_samples_ms"]) == 3 and min(c["latency_samples_ms"]) > 0 for c in cells)
+    assert all(len(c["latency_samples_ms"]) >= 6 and min(c["latency_samples_ms"]) > 0 for c in cells)
+    # Another bench against this one, and against one that was ten times quicker.
+    (folder / "old.json").write_text(done.stdout)
+    quicker = [{**c, **{name: [x / 10 for x in c[name]] if name.endswith("samples_ms") else c[name] / 10
+                        for name in c if name.startswith("latency")}} for c in cells]  # fmt: skip
+    (folder / "quicker.json").write_text(json.dumps({"cells": quicker}))
+    limits = ["--fail-on", "latency_ms:+400%", "--fail-on", "peak_memory_mib:+400%"]
+    assert vitcmp(*args[1:], "--diff", "old.json", *limits, cwd=folder).returncode == 0
+    broken = vitcmp(*args, "--diff", "quicker.json", *limits, cwd=folder)
+    assert broken.returncode == 3
+    changes = json.loads(broken.stdout)["changes"]
+    assert {c["metric"]: c["broken"] for c in changes} == {"latency_ms": "latency_ms:+400%", "peak_memory_mib": ""}
+    # What is in the store already need not be measured again.
+    again = vitcmp(*args[1:], "--resume", cwd=folder)
+    assert (again.returncode, again.stderr) == (0, "4 cells were in results already\n")
 
 
 def test_the_commands_that_look_up_work(folder: Path, run: str):

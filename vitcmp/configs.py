@@ -494,7 +494,7 @@ def typed(values: Mapping[str, Any], cls: type[Any], strict: bool = False) -> di
             value = tuple(value) if isinstance(value, list) else value
             result[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
         except ValidationError as error:
-            wanted = [e["msg"].lower().partition(",")[0].removeprefix("input should be ") for e in error.errors()]
+            wanted = [e["msg"].lower().partition(", unable")[0].removeprefix("input should be ") for e in error.errors()]
             raise UserError(f"{name}: {value!r} must be {' or '.join(dict.fromkeys(wanted))}") from None
     return result
 

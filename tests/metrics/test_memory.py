@@ -1,14 +1,28 @@
-"""Peak memory, in processes of their own: what a process freed before, it uses again unseen."""
+"""Peak memory and its limit, in processes of their own: what a process freed before, it uses again unseen."""
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from vitcmp import machine
+from vitcmp.metrics import memory
 from vitcmp.metrics.memory import PeakMemory
+
+CPU = torch.device("cpu")
+MIB = 2**18
+"""Numbers in fp32."""
+KNOWN = PeakMemory(CPU).mib() is not None
+knows = pytest.mark.skipif(not KNOWN, reason="this system does not tell a process's peak memory")
 
 MEASURE = """
 import torch
@@ -25,11 +39,7 @@ print(peak.mib())
 """
 
 
-def known() -> bool:
-    return PeakMemory(torch.device("cpu")).mib() is not None
-
-
-@pytest.mark.skipif(not known(), reason="this system does not tell a process's peak memory")
+@knows
 @pytest.mark.parametrize(("mib", "wanted"), [((128, 64), 144), ((32, 32, 32), 48)])
 def test_the_peak_is_that_of_what_was_held_at_once(mib: tuple[int, ...], wanted: int) -> None:
     code = MEASURE.format(mib=mib)
@@ -38,4 +48,202 @@ def test_the_peak_is_that_of_what_was_held_at_once(mib: tuple[int, ...], wanted:
 
 
 def test_other_devices_are_unknown() -> None:
-    assert PeakMemory(torch.device("mps")).mib() is None
+    peak = PeakMemory(torch.device("mps"))
+    assert peak.mib() is None
+    assert peak.held_mib() is None
+
+
+def in_child(context: Any, task: Callable[..., Any], *args: object) -> Any:
+    """What the task returns in a process of its own."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, task, *args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def answer(sender: Any, task: Callable[..., Any], *args: object) -> None:
+    sender.send(task(*args))
+
+
+@pytest.fixture(scope="module")
+def fork() -> Any:
+    return machine.process_context(CPU, preload="vitcmp.metrics.memory")
+
+
+@pytest.fixture(scope="module")
+def big_parent(fork: Any) -> Iterator[None]:
+    """A parent that once had 2 GiB, and holds 1 GiB, touched."""
+    in_child(fork, int)  # the server may be of that time, or of before
+    once = torch.ones(2048 * MIB)
+    del once
+    held = torch.ones(1024 * MIB)
+    yield
+    assert held[-1] == 1
+
+
+def allocate(mib: int, before: int = 0) -> dict[str, float | None]:
+    """Memory of a call that allocates so much, in a process that allocated and freed `before`."""
+    torch.ones(MIB).add_(1)
+    torch.ones(before * MIB)
+    return memory.measure_memory(CPU, lambda: torch.ones(mib * MIB))
+
+
+SIZES = [64, 128, 256, 512, 1024]
+
+
+@knows
+@pytest.mark.parametrize("mib", SIZES)
+def test_a_known_allocation(fork: Any, mib: int) -> None:
+    assert in_child(fork, allocate, mib) == {"peak_memory_mib": pytest.approx(mib, rel=0.05)}
+
+
+@knows
+@pytest.mark.parametrize("mib", SIZES)
+def test_a_known_allocation_whatever_the_parent_holds(fork: Any, big_parent: None, mib: int) -> None:
+    assert in_child(fork, allocate, mib) == {"peak_memory_mib": pytest.approx(mib, rel=0.05)}
+
+
+@knows
+@pytest.mark.parametrize("mib", [64, 1024])
+def test_what_the_child_freed_is_not_used_again_unseen(fork: Any, mib: int) -> None:
+    assert in_child(fork, allocate, mib, 1024) == {"peak_memory_mib": pytest.approx(mib, rel=0.05)}
+    # Small ones come from the heap: 4 KiB each.
+    assert in_child(fork, allocate_in_pieces, mib) == {"peak_memory_mib": pytest.approx(mib, rel=0.1)}
+
+
+def allocate_in_pieces(mib: int) -> dict[str, float | None]:
+    def call() -> None:
+        [torch.ones(1024) for _ in range(256 * mib)]
+
+    call()
+    return memory.measure_memory(CPU, call)
+
+
+@knows
+def test_a_known_allocation_in_a_child_that_starts_from_nothing() -> None:
+    found = in_child(multiprocessing.get_context("spawn"), allocate, 64)
+    assert found == {"peak_memory_mib": pytest.approx(64, rel=0.05)}
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Keeps its input, which is there anyway."""
+    return F.gelu(x)
+
+
+def sigmoid_of_product(x: Tensor) -> Tensor:
+    """Keeps its result, while the sigmoid's input is freed."""
+    return (2 * x).sigmoid()
+
+
+def three_exponentials(x: Tensor) -> Tensor:
+    """Keeps all three results."""
+    return x.exp().exp().exp()
+
+
+def differentiate(function: Callable[[Tensor], Tensor], mib: int) -> dict[str, float | None]:
+    def calls(size: int) -> tuple[Callable[[], object], Callable[[], Tensor], Callable[[Tensor], object]]:
+        x = torch.full((size * MIB,), 0.1, requires_grad=True)
+
+        def inference() -> None:
+            with torch.inference_mode():
+                function(x)
+
+        return inference, lambda: function(x), lambda y: y.backward(torch.ones(()).expand_as(y))
+
+    inference, forward, backward = calls(1)
+    inference()
+    backward(forward())
+    return memory.measure_memory(CPU, *calls(mib))
+
+
+@knows
+@pytest.mark.parametrize(
+    ("function", "inference", "activation", "peak"),
+    # The peak: what is held, and the gradients of two neighbours, or of one alone.
+    [(gelu, 1, 1, 2), (sigmoid_of_product, 2, 1, 3), (three_exponentials, 2, 3, 5)],
+)
+def test_activations_are_told_apart(
+    fork: Any, function: Callable[[Tensor], Tensor], inference: int, activation: int, peak: int
+) -> None:
+    found = in_child(fork, differentiate, function, 64)
+    wanted = {"peak_memory_mib": peak, "inference_memory_mib": inference, "activation_memory_mib": activation}
+    assert found == {name: pytest.approx(64 * times, rel=0.05) for name, times in wanted.items()}
+
+
+def allocate_without_end(limit_mib: int) -> tuple[bool, int, bool]:
+    """Whether the limit holds, MiB until the error, and whether that is known as one of memory."""
+    holds, kept = memory.limit_memory(limit_mib), []
+    try:
+        for _ in range(100):
+            kept.append(torch.ones(16 * MIB))
+    except Exception as error:
+        return holds, 16 * len(kept), machine.out_of_memory(error)
+    return holds, 16 * len(kept), False
+
+
+def bytes_without_end(limit_mib: int) -> bool:
+    memory.limit_memory(limit_mib)
+    try:
+        bytearray(2 * limit_mib * 2**20)
+    except Exception as error:
+        return machine.out_of_memory(error)
+    return False
+
+
+def attention_without_end(limit_mib: int) -> bool:
+    """Threads are started, libraries loaded and loops compiled within the limit."""
+    from vitcmp import attention
+
+    memory.limit_memory(limit_mib)
+    torch.set_num_threads(2)
+    block = attention.load("softmax:impl=naive").build(attention.LayerConfig(32, 2, attention.TokenGrid(64, 64)))
+    try:
+        block(torch.randn(2, 4096, 32)).sum().backward()
+    except Exception as error:
+        return machine.out_of_memory(error)
+    return False
+
+
+limits = pytest.mark.skipif(sys.platform != "linux", reason="only Linux enforces a limit of data")
+
+
+@limits
+def test_a_limit_turns_an_endless_allocation_into_an_error(fork: Any) -> None:
+    holds, mib, known = in_child(fork, allocate_without_end, 512)
+    assert holds
+    assert 512 - 48 <= mib <= 512
+    assert known
+
+
+@limits
+@pytest.mark.parametrize("task", [bytes_without_end, attention_without_end])
+def test_others_errors_of_memory_are_known_too(fork: Any, task: Callable[[int], bool]) -> None:
+    assert in_child(fork, task, 256)
+
+
+@limits
+def test_the_limit_is_half_of_what_there_is() -> None:
+    total = next(int(x.split()[1]) for x in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in x) / 1024
+    assert 0 < memory.default_limit_mib() <= total / 2
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "limits"),
+    [
+        ("0::/user/job\n", {"user/job/memory.max": "max", "user/memory.max": "4096", "memory.max": "9000"}, [4096, 9000]),
+        ("0::/outside/the/container\n", {"memory.max": "4096"}, [4096]),
+        ("0::/\n", {"memory.max": "max"}, []),
+        ("3:cpu,cpuacct:/a\n2:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "77"}, [77]),
+        ("5:memory,hugetlb:/a/b\n", {"memory/memory.limit_in_bytes": "77", "memory.max": "5"}, [77]),
+        ("", {}, []),
+    ],
+)  # fmt: skip
+def test_limits_of_containers(tmp_path: Path, membership: str, files: dict[str, str], limits: list[int]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert memory._cgroup_limits(membership, tmp_path) == limits

@@ -59,7 +59,7 @@ def study() -> Bench:
                 if name == "softmax:impl=naive" and n == 4096:
                     bench.cell(name, status="oom", **fields)
                     continue
-                metrics = {
+                metrics: dict[str, Any] = {
                     "peak_memory_mib": batch * memory, "noise_floor_pct": 0.5, "macs_g": n / 1e3,
                     "counted_macs_g": n / 1e3, "ptflops_macs_g": n / (2e3 if name == "softmax" else 1e3),
                     "macs_note": "ptflops finds 50 % less: it does not see attention" if name == "softmax" else None,

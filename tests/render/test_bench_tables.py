@@ -234,9 +234,12 @@ def test_notes_of_many_cells_stand_once() -> None:
     bench.cell("softmax", 1.0, warnings=["known to +-3.1% only: give it longer"])
     bench.cell("softmax", 1.0, tokens=256, warnings=["known to +-12.5% only: give it longer"])
     bench.cell("linear", 1.0, warnings=["known to +-4.0% only: give it longer"])
+    for drift in ("-37%", "+51%", "+12%"):
+        bench.cell(f"{drift}.py", 1.0, warnings=[f"drifted by {drift}"])
     bench.cell("entmax", status="timeout", error="no answer in 120 s")
     bench.cell("local", status="oom")
     assert bench_tables.bench_notes(bench_tables.scaling(bench.table)) == [
+        "drifted by -37% to +51%: +12%.py at N = 64; +51%.py at N = 64; -37%.py at N = 64",
         "timeout: no answer in 120 s: entmax at N = 64",
         "known to +-3.1% to +-12.5% only: give it longer: linear at N = 64; softmax at N = 64, 256",
         "oom: local at N = 64",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from vitcmp import attention
 from vitcmp.attention import _entmax  # noqa: F401  its operations are counted below
@@ -89,15 +90,14 @@ class Count:
 
 
 def count(call: Callable[[], object]) -> Count:
-    """MACs, as torch's counter sees them, and bytes moved by one eager call.
+    """MACs, by the formulas of torch's counter, and bytes moved by one eager call.
 
-    Raises: UncountedError for an operation that is neither counted nor known to be free: no silent zeros.
+    Raises: UncountedError in inference mode (use no_grad), and for an operation that is neither counted nor known to be
+    free: no silent zeros.
     """
-    # The counter takes composite operations apart before the audit sees them.
-    with _Audit() as audit, FlopCounterMode(display=False, custom_mapping=_COUNTED_HERE) as counter:
+    with _Counter() as counter:
         call()
-    by_operation = {str(name): flops // 2 for name, flops in counter.get_flop_counts().get("Global", {}).items()}
-    return Count(counter.get_total_flops() // 2, audit.moved_bytes, by_operation, audit.biases)
+    return Count(counter.macs.total(), counter.moved_bytes, dict(counter.macs), counter.biases)
 
 
 def counted_macs(model: nn.Module, *inputs: Tensor) -> int:
@@ -114,10 +114,10 @@ def ptflops_macs(model: nn.Module, *inputs: Tensor) -> int | None:
 
     It adds biases as MACs, and does not know every operation: `disagreement` says what that comes to.
     """
-    # Its engine by itself: the function around it leaves hooks on the model, and reports failures to the terminal.
-    from ptflops.aten_engine import FlopCounterMode as PtflopsCounter
+    # The function around its engine leaves hooks on the model, and prints.
+    from ptflops.aten_engine import FlopCounterMode
 
-    counter = PtflopsCounter()
+    counter = FlopCounterMode()
     try:
         with torch.no_grad(), counter:
             model(*inputs)
@@ -160,26 +160,35 @@ def _excess(found: int, wanted: int) -> str:
     return f"{share} {'more' if found > wanted else 'less'}"
 
 
-class _Audit(TorchDispatchMode):
-    """Adds up bytes and biases; raises UncountedError for an operation that may multiply and is counted nowhere."""
+class _Counter(TorchDispatchMode):
+    """Adds up MACs, bytes and biases; raises UncountedError for what may multiply and is counted nowhere.
+
+    torch's own counter follows modules too, for which it needs gradients, and counts 0 where it knows no formula.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.macs: Counter[str] = Counter()
         self.moved_bytes = self.biases = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        operation, name, kwargs = func.overloadpacket, func.overloadpacket.__name__, kwargs or {}
+        if torch.is_inference_mode_enabled():
+            raise UncountedError("in inference mode, operations come before they are taken apart: count in no_grad")
+        formula = _FORMULAS.get(operation) or flop_registry.get(operation)
         free = name in FREE or name.startswith("_foreach_") or func.is_view or torch.Tag.pointwise in func.tags
-        if not free and func.overloadpacket not in flop_registry and func.overloadpacket not in _COUNTED_HERE:
+        if formula is None and not free:
             raise UncountedError(
                 f"{func} is neither counted nor known to cost no multiply-adds: register its formula with "
                 "torch.utils.flop_counter.register_flop_formula"
             )
         result = func(*args, **kwargs)
+        if formula is not None:
+            self.macs[str(operation)] += formula(*args, **kwargs, out_val=result) // 2
+        if operation is torch.ops.aten.addmm or (operation is torch.ops.aten.convolution and args[2] is not None):
+            self.biases += result.numel()
         if not func.is_view and name not in _UNTOUCHED:
             self.moved_bytes += _moved_bytes(func, args, kwargs, result)
-        if func.overloadpacket is torch.ops.aten.addmm or (name == "convolution" and args[2] is not None):
-            self.biases += result.numel()
         return result
 
 
@@ -212,25 +221,35 @@ def _bytes(x: Tensor) -> int:
     return min(numbers * x.element_size(), x.untyped_storage().nbytes())
 
 
-def _fused_on_cpu(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """The counters of older torch know the GPU's fused attention but not the CPU's, and would count 0 for it."""
-    return sdpa_flop_count(query, key, value)
+def _fused_on_cpu(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
-def _fused_on_cpu_backward(
-    gradient: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+def _fused_on_cpu_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+
+
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, *args: Any, out_val: tuple[Tensor | None, ...]
 ) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
+    """The forward pass's products once for the input's gradient, once for the weight's."""
+    transposed = args[4]
+    places = (x if transposed else gradient)[:, :1].numel()
+    return 2 * places * weight.numel() * sum(wanted is not None for wanted in out_val[:2])
 
 
-def _entmax_backward(gradient: Any, query: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """As for other fused attention, scores computed again and four products, in full whatever sparsity saves."""
-    heads, tokens, width = query
+def _entmax_backward(gradient: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> int:
+    """As of other fused attention: scores again, and four products, in full whatever sparsity saves."""
+    heads, tokens, width = q.shape
     return 10 * heads * tokens**2 * width
 
 
-_COUNTED_HERE = {
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    # Older torch does not know the fused attention of the CPU.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_on_cpu,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_on_cpu_backward,
+    # torch's counts the weight's gradient as if there were one group.
+    torch.ops.aten.convolution_backward: _convolution_backward,
     torch.ops.vitcmp.entmax_attention_backward: _entmax_backward,
 }
+"""FLOP of operations that torch's counter lacks, or has wrong."""

@@ -104,6 +104,8 @@ def limit_memory(mib: int) -> bool:
         return False
     import resource
 
+    # Threads that cannot start end the process: OpenMP starts all of its own with the first large operation.
+    torch.ones(2**20).sqrt_()
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = int((_status_mib("VmData") + mib) * 2**20)
     if hard != resource.RLIM_INFINITY:

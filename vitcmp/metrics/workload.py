@@ -296,11 +296,13 @@ def _sizes(load: Workload) -> tuple[dict[str, Any], list[str]]:
         "precision_used": next(name for name, dtype in DTYPES.items() if dtype == load.dtype),
     }  # fmt: skip
     try:
-        forward = complexity.count(load.inference)
-        call = load.call()
-        if call.prepare:
-            call.prepare()
-        whole = forward if cell.bench.mode == "forward" else complexity.count(call.run)
+        with torch.no_grad():
+            forward = complexity.count(lambda: load.forward(load.constants))
+        whole, call = forward, load.call()
+        if cell.bench.mode != "forward":
+            if call.prepare:
+                call.prepare()
+            whole = complexity.count(call.run)
     except complexity.UncountedError as error:
         return sizes, [f"MACs: {error}"]
     found = complexity.ptflops_macs(module, *load.constants)

@@ -89,7 +89,8 @@ def winner_map(parts: Parts, path: Path, among: Sequence[str] = ()) -> None:
     figure, panels = new_figure(len(parts), 1.1 + 0.62 * rows, columns=1)
     for axes, (title, part) in zip(panels, parts, strict=True):
         counts, batches = sorted(part["tokens"].unique()), sorted(part["batch_size"].unique())
-        width = 100 // len(counts)
+        size = 7.5 if len(counts) > 4 else 9
+        width = int(750 / size) // len(counts)
         for cell in part.to_dict("records"):
             x, y = counts.index(cell["tokens"]), batches.index(cell["batch_size"])
             tied = cell["tied"] > 1
@@ -97,7 +98,7 @@ def winner_map(parts: Parts, path: Path, among: Sequence[str] = ()) -> None:
             colour = 1 - (0.22 if tied else 0.5) * (1 - np.array(to_rgb(style(cell["attention"], among).color)))
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
             text = f"{_wrapped(cell['attention'], width)}\n{lead_text(cell['lead_pct'], cell['tied'])}"
-            axes.text(x, y, text, ha="center", va="center", fontsize=7.5, style="italic" if tied else "normal")
+            axes.text(x, y, text, ha="center", va="center", fontsize=size, style="italic" if tied else "normal")
         axes.set_xlim(-0.5, len(counts) - 0.5)
         axes.set_ylim(-0.5, len(batches) - 0.5)
         axes.set_xticks(range(len(counts)), [str(count) for count in counts])

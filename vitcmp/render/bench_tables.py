@@ -225,7 +225,7 @@ def macs(scaling_table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def macs_text(part: pd.DataFrame) -> pd.DataFrame:
     """`macs` of one level and model, to read; counts that depart from the closed form are bold."""
-    unit, scale = ("M", 1000) if part["macs_g"].max() < 1 else ("G", 1)
+    unit, scale = ("M", 1000) if part["macs_g"].min() < 0.1 else ("G", 1)
 
     def cell(value: float, closed: float) -> str:
         text = number(value * scale)
@@ -327,7 +327,8 @@ def bench_notes(scaling_table: pd.DataFrame) -> list[str]:
 
 def _with_range(alike: Sequence[str]) -> str:
     """Texts that differ in their first percentage alone as one, with the least and the largest."""
-    found = sorted((m[0] for text in alike if (m := PERCENTAGE.search(text))), key=lambda x: float(x.strip("+-% ")))
+    numbers = [match[0] for text in alike if (match := PERCENTAGE.search(text))]
+    found = sorted(numbers, key=lambda number: float(number.replace("+-", "").strip("% ")))
     if not found or found[0] == found[-1]:
         return alike[0]
     return PERCENTAGE.sub(f"{found[0]} to {found[-1]}", alike[0], count=1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from vitcmp.render import bench_tables
 from vitcmp.render.tables import MISSING, number
 
 COLUMNS = (
-    ("throughput_img_s", "images\n/s", 1), ("peak_memory_mib", "memory\nMiB", 1), ("macs_g", "MACs\nM", 1000),
+    ("peak_memory_mib", "memory\nMiB", 1), ("macs_g", "MACs\nM", 1000),
     ("fraction_of_peak", "% of\npeak", 100), ("output_error", "error", 1),
 )  # fmt: skip
 
@@ -36,13 +39,19 @@ def _cells(part: pd.DataFrame) -> pd.DataFrame:
         line = {
             "attention": row["attention"], "N": str(row["tokens"]),
             "latency\nms": number(row["latency_ms"]) if ok else row["status"],
-            "95 %\ninterval": f"{number(row['latency_low_ms'])} to {number(row['latency_high_ms'])}" if ok else "",
+            "95 %\n± %": _half_width(row) if ok else "",
             "times the\nquickest": "tie" if row["tied_with_quickest"] and row["latency_ms"] != best
             else number(row["latency_ms"] / best) if ok and best else "",
         }  # fmt: skip
         lines.append(line | {heading: number(row[name] * factor) for name, heading, factor in COLUMNS})
     text = pd.DataFrame(lines)
     return text.drop(columns=[heading for _, heading, _ in COLUMNS if set(text[heading]) == {MISSING}])
+
+
+def _half_width(row: Mapping[Any, Any]) -> str:
+    """How far the interval of the median reaches, in percent of it."""
+    middle = row["latency_ms"]
+    return f"{100 * max(row['latency_high_ms'] / middle - 1, 1 - row['latency_low_ms'] / middle):.1f}"
 
 
 def _notes(part: pd.DataFrame) -> list[str]:

@@ -90,10 +90,10 @@ def run(
     Raises: UserError or AttentionError, before anything is measured, for a mechanism that can take none of the sizes.
     """
     device = machine.pick_device(runtime.device)
+    _refuse(cells, device)
     store.check_writable(runtime.results)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    _refuse(cells, device)
     keys = {cell: _key(cell, device) for cell in cells}
     done = set() if force else {r.key for r in store.read(runtime.results) if r.kind == "bench" and r.status == "ok"}
     waiting = [cell for cell in cells if keys[cell] not in done]

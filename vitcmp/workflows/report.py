@@ -219,7 +219,7 @@ def _scaling_section(scaling: pd.DataFrame, folder: Path, among: Sequence[str]) 
     notes = [
         "Latency is the median of a batch; bands are its 95 % interval. N counts patch tokens.",
         "Bold: the quickest, and those that cannot be told from it; the control `uniform` is left aside.",
-        *([f"Two copies of one mechanism differed by up to {floors.max():.1f} %: in the same rounds, as much is a tie."]
+        *([f"Copies of one mechanism differed by up to {floors.max():.1f} %: no more than in its own rounds is a tie."]
           if len(floors) else []),
         "A line ends where a cell gave no number: the tables show why (oom: out of memory).",
         f"Models: {'; '.join(sorted(scaling['model'].unique()))}.",
