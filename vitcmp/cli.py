@@ -349,15 +349,13 @@ def bench(
 
 def _tell_bench(records: list[Record], changes: list[Change]) -> None:
     from vitcmp import store
-    from vitcmp.render import bench_text
+    from vitcmp.render import bench_tables, bench_text
 
-    for title, table, notes in bench_text.terminal(store.table(records)):
-        out.print(make_table(list(table.columns), table.to_numpy().tolist(), title, notes, lines=False), "")
-    for text in dict.fromkeys(
-        f"{attention_name(r.config['attention'])} at {r.config['tokens']} tokens: {note}"
-        for r in records for note in [*r.warnings, *filter(None, [r.error])]
-    ):  # fmt: skip
-        output.say(text)
+    table = bench_tables.scaling(store.table(records))
+    for title, text, notes in bench_text.terminal(table):
+        out.print(make_table(list(text.columns), text.to_numpy().tolist(), title, notes, lines=False), "")
+    for note in bench_tables.bench_notes(table):
+        output.say(note)
     if changes:
         rows = [[c.cell, c.metric, text_of(c.old), text_of(c.new), _ratio_text(c), c.broken or "–"] for c in changes]
         out.print(make_table(["cell", "metric", "before", "now", "ratio (95 %)", "beyond"], rows, "Changes"))

@@ -494,7 +494,8 @@ def typed(values: Mapping[str, Any], cls: type[Any], strict: bool = False) -> di
             value = tuple(value) if isinstance(value, list) else value
             result[name] = TypeAdapter(hints[name]).validate_python(value, strict=strict)
         except ValidationError as error:
-            wanted = [e["msg"].lower().partition(", unable")[0].removeprefix("input should be ") for e in error.errors()]
+            texts = [e["msg"].lower().partition(", unable")[0] for e in error.errors()]
+            wanted = [text.removeprefix("input should be ") for text in texts]
             raise UserError(f"{name}: {value!r} must be {' or '.join(dict.fromkeys(wanted))}") from None
     return result
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
 
 from vitcmp.metrics import latency
 from vitcmp.metrics.latency import Call, CellLost, Plan, Timer, instability, interleaved_ms, measure, noise_floor
@@ -24,6 +23,7 @@ from vitcmp.metrics.statistics import is_tie, paired_ratio
 CPU = torch.device("cpu")
 NOISE = np.load(Path(__file__).parent / "noise.npz")
 RUNS = 1000
+DEFAULT = Plan()
 
 
 class Replay:
@@ -64,10 +64,156 @@ def _ends(condition: str, cache: dict[str, list[float]] = {}) -> list[float]:  #
     return cache[condition]
 
 
-def compare(condition: str, ms: float, slower: float, run: int, plan: Plan = Plan()) -> tuple[bool, int]:
+def compare(condition: str, ms: float, slower: float, run: int, plan: Plan = DEFAULT) -> tuple[bool, int]:
     """Whether B, which takes `slower` times as long as A, is called different, and after how many rounds of both."""
     machine = Replay(condition, start=np.random.default_rng(run).random())
     work = {"a": ms, "a again": ms, "b": slower * ms}
     samples = measure(lambda name: machine.work(work[name]), list(work), plan, seed=run, clock=machine.clock).samples
     floor = noise_floor(samples["a"], samples["a again"])
     return not is_tie(paired_ratio(samples["b"], samples["a"]), floor), min(map(len, samples.values()))
+
+
+class Steady:
+    """A machine without noise, and how its time went."""
+
+    def __init__(self, ms: dict[str, float], lost_at: dict[str, int] | None = None) -> None:
+        self.ms, self.lost_at = ms, lost_at or {}
+        self.now = 0.0
+        self.order: list[str] = []
+
+    def sample(self, name: str) -> float:
+        self.order.append(name)
+        self.now += self.ms[name] / 1e3
+        if self.order.count(name) == self.lost_at.get(name):
+            raise CellLost("timeout", "no answer in 5 s")
+        return self.ms[name]
+
+    def clock(self) -> float:
+        return self.now
+
+
+def run_steady(machine: Steady, plan: Plan, seed: int = 0) -> latency.Measured:
+    return measure(machine.sample, list(machine.ms), plan, seed, machine.clock)
+
+
+def test_every_round_has_one_sample_of_each_in_a_new_order() -> None:
+    machine = Steady({"a": 1.0, "b": 2.0, "c": 3.0})
+    samples, lost = run_steady(machine, Plan(rounds=60, most_rounds=60))
+    assert samples == {"a": [1.0] * 60, "b": [2.0] * 60, "c": [3.0] * 60}
+    assert not lost
+    rounds = [tuple(machine.order[i : i + 3]) for i in range(0, 180, 3)]
+    assert all(set(names) == {"a", "b", "c"} for names in rounds)
+    assert set(rounds) == set(itertools.permutations("abc"))
+    again = Steady(machine.ms)
+    run_steady(again, Plan(rounds=60, most_rounds=60), seed=1)
+    assert again.order != machine.order
+
+
+def test_a_steady_cell_ends_at_the_first_look() -> None:
+    samples, _ = run_steady(Steady({"a": 1.0}), Plan())
+    assert len(samples["a"]) == Plan().rounds
+
+
+@pytest.mark.parametrize(("ms", "rounds"), [(100.0, 10), (300.0, 6), (5000.0, 6)])
+def test_a_cell_ends_at_its_cap_of_seconds_but_has_the_fewest_samples(ms: float, rounds: int) -> None:
+    samples, _ = run_steady(Steady({"slow": ms, "quick": 1.0}), Plan(max_seconds=0.95, fewest=6))
+    assert len(samples["slow"]) == rounds
+    assert len(samples["quick"]) == Plan().rounds
+
+
+def test_an_unsteady_cell_ends_at_the_most_rounds() -> None:
+    ms = itertools.cycle([1.0, 2.0])
+    samples = measure(lambda _: next(ms), ["a"], Plan(most_rounds=33, max_seconds=math.inf)).samples
+    assert len(samples["a"]) == 33
+
+
+def test_a_lost_cell_leaves_the_others_whole() -> None:
+    samples, lost = run_steady(Steady({"a": 1.0, "b": 2.0, "c": 3.0}, lost_at={"b": 4}), Plan())
+    assert samples == {"a": [1.0] * 15, "c": [3.0] * 15}
+    assert (lost["b"].status, lost["b"].reason) == ("timeout", "no answer in 5 s")
+    assert list(lost) == ["b"]
+
+
+def test_instability_names_what_holds_and_a_cure() -> None:
+    steady = [1.0, 1.01] * 30
+    assert instability(steady, Plan()) == []
+    [drift] = instability([1.0 + 0.003 * i for i in range(100)], Plan(settle=0.1))
+    assert "drifted by +19%" in drift
+    few = instability([1.0, 1.1, 0.9, 1.0, 1.05, 0.97], Plan())
+    assert len(few) == 1
+    assert "+-10.6% only" in few[0]
+    assert "--max-seconds" in few[0]
+    assert any("spread over 40%" in note for note in instability([1.0, 1.5] * 30, Plan(settle=1)))
+
+
+def test_the_noise_floor_is_the_twins_difference() -> None:
+    assert noise_floor([1.03, 2.06, 4.12], [1.0, 2.0, 4.0]) == pytest.approx(0.03)
+    assert noise_floor([0.97] * 3, [1.0] * 3) == pytest.approx(0.03)
+
+
+def test_a_call_shorter_than_the_clock_tells_is_repeated() -> None:
+    calls: Counter[str] = Counter()
+    timer = Timer(Call(lambda: calls.update(["run"]), prepare=lambda: calls.update(["prepare"])), CPU)
+    before = Counter(calls)
+    start = time.perf_counter()
+    ms = timer.sample_ms()
+    assert time.perf_counter() - start > latency.SHORTEST_S / 3
+    assert calls["prepare"] - before["prepare"] == 1
+    assert calls["run"] - before["run"] == timer.repeats > 100
+    assert 0 < ms < 0.02
+
+
+def test_preparing_is_not_timed_and_a_slow_call_is_not_repeated() -> None:
+    timer = Timer(Call(lambda: time.sleep(0.005), prepare=lambda: time.sleep(0.03)), CPU)
+    assert timer.repeats == 1
+    assert min(timer.sample_ms() for _ in range(3)) == pytest.approx(5, abs=2)
+
+
+def test_warm_up_goes_on_until_calls_last_alike() -> None:
+    seconds = itertools.chain([0.05, 0.02, 0.01], itertools.repeat(0.004))
+    taken: list[float] = []
+
+    def run() -> None:
+        taken.append(next(seconds))
+        time.sleep(taken[-1])
+
+    Timer(Call(run), CPU)
+    assert taken[:6] == [0.05, 0.02, 0.01, 0.004, 0.004, 0.004]
+
+
+def test_the_timer_agrees_with_torchs() -> None:
+    """Interleaved, at best of five: programs beside this one may disturb either."""
+    from torch.utils.benchmark import Timer as Reference
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        x = torch.randn(128, 128)
+        ours, theirs = (
+            Timer(Call(lambda: torch.softmax(x @ x, dim=-1)), CPU),
+            Reference("softmax(x @ x, dim=-1)", globals={"x": x, "softmax": torch.softmax}),
+        )
+        differences = []
+        for _ in range(5):
+            pairs = [(ours.sample_ms(), theirs.timeit(ours.repeats).mean * 1e3) for _ in range(20)]
+            mine, reference = np.median(pairs, axis=0)
+            differences.append(abs(mine / reference - 1))
+            if differences[-1] < 0.1:
+                return
+        pytest.fail(f"the medians differ by {min(differences):.0%} at best")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_interleaved_ms_takes_so_many_rounds() -> None:
+    samples = interleaved_ms({"short": lambda: None, "long": lambda: time.sleep(0.003)}, rounds=4, device=CPU)
+    assert [len(x) for x in samples.values()] == [4, 4]
+    assert max(samples["short"]) < 1 < 3 <= min(samples["long"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cold_calls_on_cuda_are_slower_than_warm_ones() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(4 * 2**20 // 4, device=device)
+    timer = Timer(Call(lambda: x.sum()), device)
+    assert np.median([timer.cold_ms() for _ in range(20)]) > 0

@@ -27,9 +27,8 @@ def test_a_large_product_reaches_the_ceiling() -> None:
     assert peak.gflop_s > 1
     a, b = torch.randn(2, 1536, 1536)
     for _ in range(3):
-        start = time.perf_counter()
-        a @ b
-        fraction = roofline.fraction_of_peak(2 * 1536**3 / 1e9, 1000 * (time.perf_counter() - start), peak)
+        latency_ms = 1000 * roofline.best_s(lambda: a @ b, CPU)
+        fraction = roofline.fraction_of_peak(2 * 1536**3 / 1e9, latency_ms, peak)
         if 0.6 < fraction < 1.2:
             return
     pytest.fail(f"a product reached {fraction:.2f} of the ceiling of {peak.gflop_s:.0f} GFLOP/s")

@@ -398,7 +398,9 @@ def _exponent_text(fit: Exponent | None, large: bool) -> str:
     if fit is None:
         return MISSING
     elsewhere = f", N = {fit.sizes[0]} to {fit.sizes[-1]}" if large and fit.sizes[0] < LARGE else ""
-    return f"{fit.value:.2f} ({fit.low:.2f} to {fit.high:.2f}){elsewhere}"
+    # Three points leave one degree of freedom: an interval so wide says nothing.
+    interval = f" ({fit.low:.2f} to {fit.high:.2f})" if len(fit.sizes) > 3 else ""
+    return f"{fit.value:.2f}{interval}{elsewhere}"
 
 
 def _is_softmax(name: str) -> bool:

@@ -16,9 +16,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def terminal(records: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
-    """Title, table of text, and notes: the cells of each set of conditions, and what grows with the tokens."""
-    table = bench_tables.scaling(records)
+def terminal(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
+    """Title, table of text, and notes, of a scaling table: the cells of each set of conditions, and what grows with the
+    tokens."""
     growth = dict(bench_tables.growth(table))
     shown = []
     for title, part in bench_tables.by_conditions(table):
