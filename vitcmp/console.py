@@ -149,12 +149,12 @@ def bench_progress(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 def _cell_line(config: Mapping[str, Any], status: str, m: Mapping[str, Any]) -> str:
     """A finished cell in one line."""
-    name = attention_name(config["attention"])
-    place = f"N = {config['tokens']:<6} {name:<24}"
+    place = ", ".join(str(config[name]) for name in ("mode", "precision", "execution"))
+    place = f"{attention_name(config['attention'])}, N = {config['tokens']}, batch {config['batch_size']}, {place}"
     if status != "ok":
-        return f"{place} {status}"
-    held = "" if m.get("peak_memory_mib") is None else f"  {short(m['peak_memory_mib'])} MiB"
-    return f"{place} {short(m['latency_ms'])} ms ({short(m['latency_low_ms'])} to {short(m['latency_high_ms'])}){held}"
+        return f"{place}: {status}"
+    held = "" if m.get("peak_memory_mib") is None else f", {short(m['peak_memory_mib'])} MiB"
+    return f"{place}: {short(m['latency_ms'])} ms ({short(m['latency_low_ms'])} to {short(m['latency_high_ms'])}){held}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The noise is that of `benchmarks/record_noise.py`: the durations of constant wor
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 
 from vitcmp.metrics import latency
 from vitcmp.metrics.latency import Call, CellLost, Plan, Timer, instability, interleaved_ms, measure, noise_floor
@@ -58,10 +60,9 @@ class Replay:
         return laps * self.ends[-1] + before + (rest - whole) * (self.ends[whole] - before)
 
 
-def _ends(condition: str, cache: dict[str, list[float]] = {}) -> list[float]:  # noqa: B006
-    if condition not in cache:
-        cache[condition] = np.cumsum(NOISE[condition].astype(float)).tolist()
-    return cache[condition]
+@functools.cache
+def _ends(condition: str) -> list[float]:
+    return np.cumsum(NOISE[condition].astype(float)).tolist()
 
 
 def compare(condition: str, ms: float, slower: float, run: int, plan: Plan = DEFAULT) -> tuple[bool, int]:
@@ -71,6 +72,43 @@ def compare(condition: str, ms: float, slower: float, run: int, plan: Plan = DEF
     samples = measure(lambda name: machine.work(work[name]), list(work), plan, seed=run, clock=machine.clock).samples
     floor = noise_floor(samples["a"], samples["a again"])
     return not is_tie(paired_ratio(samples["b"], samples["a"]), floor), min(map(len, samples.values()))
+
+
+def called_different(condition: str, ms: float, slower: float) -> float:
+    """The share of runs."""
+    return float(np.mean([compare(condition, ms, slower, run)[0] for run in range(RUNS)]))
+
+
+CONDITIONS = ["quiet_1", "quiet_2", "busy_1"]
+"""The recording's other program, and torch's threads."""
+
+
+@pytest.mark.parametrize("condition", [*CONDITIONS, "busy_2"])
+@pytest.mark.parametrize("ms", [5.0, 50.0])
+def test_equals_are_called_different_in_one_of_twenty_at_most(condition: str, ms: float) -> None:
+    assert called_different(condition, ms, slower=1.0) <= binom.ppf(0.99, RUNS, 0.05) / RUNS
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize(("slower", "found"), [(1.05, 0.90), (1.10, 0.99)])
+def test_slow_downs_are_found(condition: str, slower: float, found: float) -> None:
+    assert called_different(condition, 5.0, slower) >= found
+
+
+@pytest.mark.parametrize("rising", [0.2, -0.2])
+def test_a_machine_that_changes_its_speed_by_a_fifth_ranks_alike(rising: float) -> None:
+    work = {"a": 10.0, "b": 10.5, "c": 11.0, "d": 11.6}
+
+    def run(seed: int, speed: Callable[[float], float]) -> tuple[Replay, dict[str, list[float]]]:
+        machine = Replay("quiet_1", np.random.default_rng(seed).random(), speed)
+        return machine, measure(lambda name: machine.work(work[name]), list(work), DEFAULT, seed, machine.clock).samples
+
+    for seed in range(30):
+        seconds = run(seed, lambda now: 1.0)[0].clock()
+        _, samples = run(seed, lambda now, seconds=seconds: 1 + rising * min(1.0, now / seconds))  # type: ignore[misc]
+        ratios = {name: paired_ratio(samples[name], samples["a"]).value for name in work}
+        assert sorted(ratios, key=ratios.__getitem__) == list(work)
+        assert ratios == pytest.approx({name: ms / work["a"] for name, ms in work.items()}, rel=0.02)
 
 
 class Steady:
@@ -141,7 +179,7 @@ def test_instability_names_what_holds_and_a_cure() -> None:
     assert "drifted by +19%" in drift
     few = instability([1.0, 1.1, 0.9, 1.0, 1.05, 0.97], Plan())
     assert len(few) == 1
-    assert "+-10.6% only" in few[0]
+    assert "+-10.0% only" in few[0]
     assert "--max-seconds" in few[0]
     assert any("spread over 40%" in note for note in instability([1.0, 1.5] * 30, Plan(settle=1)))
 

@@ -134,7 +134,7 @@ def crossover(
     for n in sizes:
         lists = [own[n], *filter(len, reference[n])]
         rounds = min(map(len, lists))
-        table = np.log([samples[:rounds] for samples in lists])
+        table = np.log(np.array([samples[:rounds] for samples in lists]))
         drawn = table[:, rng.integers(rounds, size=(RESAMPLES, rounds))]
         exact.append(_lead(np.median(table, axis=-1)))
         resampled.append(_lead(np.median(drawn, axis=-1)))

@@ -14,8 +14,8 @@ import torch
 from vitcmp import machine
 from vitcmp.metrics.latency import CellLost
 
-Serve = Callable[[str], Any]
-"""Given the device's name, an object whose methods can be asked for."""
+GRACE_S = 5
+"""Seconds for a process to end by itself."""
 
 
 class Worker:
@@ -39,7 +39,7 @@ class Worker:
         try:
             self.connection.send((method, args, self.timeout_s))
             if not self.connection.poll(self.timeout_s):
-                self.stop()
+                self.stop(at_once=True)
                 raise CellLost("timeout", f"no answer in {self.timeout_s:g} s; --timeout gives it longer")
             status, value = self.connection.recv()
         except (EOFError, OSError):
@@ -51,19 +51,21 @@ class Worker:
             raise CellLost(status, value)
         return value
 
-    def stop(self) -> None:
-        """End the process, whatever it is doing."""
+    def stop(self, at_once: bool = False) -> None:
+        """End the process: it leaves by itself when nobody asks any more, unless it hangs."""
         if self.process is not None:
+            self.connection.close()
+            if not at_once:
+                self.process.join(GRACE_S)
             self.process.kill()
             self.process.join()
-            self.connection.close()
             self.process = None
 
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.stop(at_once=kind is not None)
 
     def _start(self) -> None:
         context = machine.process_context(self.device, preload="vitcmp.metrics.workload")

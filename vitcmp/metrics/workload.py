@@ -201,16 +201,21 @@ def _inputs(cell: Cell, device: torch.device, dtype: torch.dtype, shared_qk: boo
     return tuple(x.requires_grad_(cell.bench.mode != "forward") for x in inputs)
 
 
+def _limit(device: torch.device, limit_mib: int) -> None:
+    """A device of its own says by itself that its memory ran out."""
+    if device.type == "cpu":
+        memory.limit_memory(limit_mib)
+
+
 class Station:
     """Lives in a worker process: holds workloads, ready to be timed, and answers what is asked about a cell."""
 
-    def __init__(self, device_name: str, threads: int, limit_mib: int | None) -> None:
+    def __init__(self, device_name: str, threads: int, limit_mib: int) -> None:
         self.device = torch.device(device_name)
         torch.set_num_threads(threads)
         # As in training; what is freed and asked for again must not cost page faults of its own.
         machine.keep_freed_memory()
-        if limit_mib is not None:
-            memory.limit_memory(limit_mib)
+        _limit(self.device, limit_mib)
         warnings.simplefilter("ignore")
         self.timers: dict[tuple[Cell, int], Timer] = {}
 
@@ -262,24 +267,22 @@ class Station:
 class MemoryStation:
     """Lives in a process of its own for one cell: what its memory peaks at."""
 
-    def __init__(self, device_name: str, threads: int, limit_mib: int | None) -> None:
+    def __init__(self, device_name: str, threads: int, limit_mib: int) -> None:
         self.device = torch.device(device_name)
         torch.set_num_threads(threads)
-        if limit_mib is not None:
-            memory.limit_memory(limit_mib)
+        _limit(self.device, limit_mib)
         warnings.simplefilter("ignore")
 
     def measure(self, cell: Cell) -> dict[str, float | None]:
         """Metrics of memory, above what the built module and its inputs hold."""
-        # One image first: what the libraries allocate once is not the mechanism's.
-        one = Workload(Cell(cell.model, replace(cell.bench, batch_size=1)), self.device)
-        one.inference()
-        if cell.bench.mode == "forward":
-            del one
-            return memory.measure_memory(self.device, Workload(cell, self.device).inference)
-        one.train_step()
-        del one
         load = Workload(cell, self.device)
+        # What libraries allocate once is not the mechanism's. One image shows it, but compiled code is for one size.
+        single = Cell(cell.model, replace(cell.bench, batch_size=1))
+        first = load if cell.bench.execution == "compiled" else Workload(single, self.device)
+        first.inference()
+        if cell.bench.mode == "forward":
+            return memory.measure_memory(self.device, load.inference)
+        first.finish_step(first.loss())
         return memory.measure_memory(self.device, load.inference, load.loss, load.finish_step)
 
 

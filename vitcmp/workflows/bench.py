@@ -98,8 +98,7 @@ def run(
     done = set() if force else {r.key for r in store.read(runtime.results) if r.kind == "bench" and r.status == "ok"}
     waiting = [cell for cell in cells if keys[cell] not in done]
     records: list[store.Record] = []
-    bench = _Bench(device, runtime, listen)
-    try:
+    with _Bench(device, runtime, listen) as bench:
         for group in _groups(waiting):
             for cell, outcome in bench.measure(group):
                 record = store.new_record(
@@ -109,8 +108,6 @@ def run(
                 store.append(runtime.results, record)
                 records.append(record)
                 listen({"event": "cell", "done": len(records), "total": len(waiting), "record": record})
-    finally:
-        bench.stop()
     return records
 
 
@@ -153,10 +150,12 @@ class _Bench:
         self.ceilings: dict[torch.dtype, roofline.Ceilings] = {}
         self.errors: dict[tuple[str, int], dict[str, Any] | CellLost] = {}
 
-    def stop(self) -> None:
-        """End the worker."""
+    def __enter__(self) -> _Bench:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self.worker is not None:
-            self.worker.stop()
+            self.worker.stop(at_once=kind is not None)
 
     def _process(self, station: type, bench: BenchConfig) -> Worker:
         limit = memory.default_limit_mib() if bench.memory_limit == "auto" else bench.memory_limit
@@ -289,7 +288,7 @@ def _latency(samples: list[float], cell: Cell) -> dict[str, Any]:
     low, high = median_interval(samples)
     return {
         "latency_ms": middle, "latency_low_ms": low, "latency_high_ms": high, "latency_iqr_ms": spread,
-        "latency_min_ms": min(samples), "latency_samples_ms": samples,
+        "latency_min_ms": min(samples), "latency_samples_ms": [round(ms, 6) for ms in samples],  # to the nanosecond
         "throughput_img_s": cell.batch_size / middle * 1e3,
     }  # fmt: skip
 
