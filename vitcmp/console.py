@@ -130,7 +130,7 @@ def bench_progress(total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
 
     bar, done = _live(), list[str]()
     task = bar.add_task("bench", total=total, facts="")
-    with Live(bar, console=err, transient=True, refresh_per_second=4) if not bar.disable else nullcontext() as live:
+    with Live(bar, console=err, transient=True, refresh_per_second=1) if not bar.disable else nullcontext() as live:
 
         def listen(event: dict[str, Any]) -> None:
             if event["event"] == "step":

@@ -1,6 +1,21 @@
 """The protocol, in simulation on recorded noise and for real.
 
-The noise is that of `benchmarks/record_noise.py`: the durations of constant work on two cores of a virtual machine.
+The noise is that of `benchmarks/record_noise.py`: durations of constant work on two cores of a virtual machine, with
+torch's threads (1 or 2), alone (quiet) or beside a program that computes half of the time (busy). What 1,000 runs each
+with the default plan give: called different when equal, 5 % and 10 % slower, and rounds (median, 90th percentile).
+
+    condition  call     equal   5 %      10 %     rounds
+    quiet_1    5 ms     2.6 %   100 %    100 %    15, 36
+    quiet_1    50 ms    2.4 %   100 %    100 %    15, 38
+    quiet_2    5 ms     3.5 %   99.9 %   100 %    48, 200
+    quiet_2    50 ms    2.0 %   98.5 %   100 %    37, 38
+    busy_1     5 ms     2.5 %   100 %    100 %    15, 36
+    busy_1     50 ms    2.6 %   100 %    100 %    15, 36
+    busy_2     5 ms     2.7 %   99.6 %   99.5 %   115, 200
+    busy_2     50 ms    2.1 %   35.3 %   45.2 %   22, 28
+
+The last is the limit: where threads wait for a core that another program holds, two seconds of long calls do not
+suffice to find a difference; what is called different still is.
 """
 
 from __future__ import annotations
@@ -79,20 +94,20 @@ def called_different(condition: str, ms: float, slower: float) -> float:
     return float(np.mean([compare(condition, ms, slower, run)[0] for run in range(RUNS)]))
 
 
-CONDITIONS = ["quiet_1", "quiet_2", "busy_1"]
-"""The recording's other program, and torch's threads."""
-
-
-@pytest.mark.parametrize("condition", [*CONDITIONS, "busy_2"])
+@pytest.mark.parametrize("condition", ["quiet_1", "quiet_2", "busy_1", "busy_2"])
 @pytest.mark.parametrize("ms", [5.0, 50.0])
 def test_equals_are_called_different_in_one_of_twenty_at_most(condition: str, ms: float) -> None:
     assert called_different(condition, ms, slower=1.0) <= binom.ppf(0.99, RUNS, 0.05) / RUNS
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-@pytest.mark.parametrize(("slower", "found"), [(1.05, 0.90), (1.10, 0.99)])
-def test_slow_downs_are_found(condition: str, slower: float, found: float) -> None:
-    assert called_different(condition, 5.0, slower) >= found
+@pytest.mark.parametrize(
+    ("condition", "ms"),
+    [("quiet_1", 5.0), ("quiet_1", 50.0), ("quiet_2", 5.0), ("quiet_2", 50.0), ("busy_1", 5.0), ("busy_1", 50.0),
+     ("busy_2", 5.0)],
+)  # fmt: skip
+def test_slow_downs_are_found(condition: str, ms: float) -> None:
+    assert called_different(condition, ms, slower=1.05) >= 0.90
+    assert called_different(condition, ms, slower=1.10) >= 0.99
 
 
 @pytest.mark.parametrize("rising", [0.2, -0.2])
@@ -107,7 +122,9 @@ def test_a_machine_that_changes_its_speed_by_a_fifth_ranks_alike(rising: float) 
         seconds = run(seed, lambda now: 1.0)[0].clock()
         _, samples = run(seed, lambda now, seconds=seconds: 1 + rising * min(1.0, now / seconds))  # type: ignore[misc]
         ratios = {name: paired_ratio(samples[name], samples["a"]).value for name in work}
-        assert sorted(ratios, key=ratios.__getitem__) == list(work)
+        medians = {name: float(np.median(samples[name])) for name in work}
+        assert sorted(ratios, key=ratios.__getitem__) == sorted(medians, key=medians.__getitem__) == list(work)
+        assert medians["d"] / medians["a"] == pytest.approx(1.16, rel=0.02)
         assert ratios == pytest.approx({name: ms / work["a"] for name, ms in work.items()}, rel=0.02)
 
 
@@ -157,6 +174,12 @@ def test_a_cell_ends_at_its_cap_of_seconds_but_has_the_fewest_samples(ms: float,
     samples, _ = run_steady(Steady({"slow": ms, "quick": 1.0}), Plan(max_seconds=0.95, fewest=6))
     assert len(samples["slow"]) == rounds
     assert len(samples["quick"]) == Plan().rounds
+
+
+def test_all_cells_of_a_group_end_together() -> None:
+    unsteady = itertools.cycle([1.0, 2.0])
+    samples = measure(lambda name: 1.0 if name == "steady" else next(unsteady), ["steady", "not"], DEFAULT).samples
+    assert len(samples["steady"]) == len(samples["not"]) == DEFAULT.most_rounds
 
 
 def test_an_unsteady_cell_ends_at_the_most_rounds() -> None:

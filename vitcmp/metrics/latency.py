@@ -63,15 +63,17 @@ def measure(
 ) -> Measured:
     """Samples of every name, in ms a call, in order of the rounds; `sample` takes one, `clock` tells seconds.
 
-    Every round takes one sample of each name that is not finished, in a new random order: a machine that slows down or
-    speeds up does so for all alike, and two copies of one cell differ by chance only. A cell is judged by its own
-    median, never by a difference, and not after every round, so that stopping does not favour a verdict.
+    Every round takes one sample of each name, in a new random order: a machine that slows down or speeds up does so for
+    all alike, and two copies of one cell differ by chance only. The rounds end for all together, when every median is
+    known, so that medians of one group are of the same time; only a cell at its cap ends before. A cell is judged by
+    its own median, never by a difference, and not after every round, so that stopping does not favour a verdict.
     """
     samples: dict[str, list[float]] = {name: [] for name in names}
     seconds = dict.fromkeys(names, 0.0)
     lost: dict[str, CellLost] = {}
+    known: set[str] = set()
     shuffler, waiting = random.Random(seed), list(samples)
-    while waiting:
+    while not known.issuperset(waiting):
         shuffler.shuffle(waiting)
         for name in waiting:
             start = clock()
@@ -81,15 +83,13 @@ def measure(
                 lost[name] = loss
                 del samples[name]
             seconds[name] += clock() - start
-        waiting = [name for name in waiting if name in samples and not _finished(samples[name], seconds[name], plan)]
+        waiting = [name for name in waiting if name in samples and not _at_cap(samples[name], seconds[name], plan)]
+        known |= {name for name in waiting if len(samples[name]) in _looks(plan) and settled(samples[name], plan)}
     return Measured(samples, lost)
 
 
-def _finished(samples: Sequence[float], seconds: float, plan: Plan) -> bool:
-    n = len(samples)
-    if n < plan.fewest:
-        return False
-    return n >= plan.most_rounds or seconds >= plan.max_seconds or (n in _looks(plan) and settled(samples, plan))
+def _at_cap(samples: Sequence[float], seconds: float, plan: Plan) -> bool:
+    return len(samples) >= plan.most_rounds or (len(samples) >= plan.fewest and seconds >= plan.max_seconds)
 
 
 @functools.cache
