@@ -318,8 +318,13 @@ def bench(
     settings = {**settings.pop("bench", {}), **settings}
     if image_sizes is not None:
         settings["image_sizes"] = image_sizes
+    everyone = "all" in _listed(settings.get("attention", "all"))
     specs, _ = _grid(settings, everything=True)
     measure = take(settings, BenchConfig)
+    if everyone and measure.level == "core":
+        without = [name for name in attention.available() if not attention.load(name).has_map]
+        specs = [spec for spec in specs if spec not in without]
+        output.say(f"left out, as they have no core from queries, keys and values on: {', '.join(without)}")
     from vitcmp.workflows import bench as workflow
 
     model = workflow.model_of(measure, runtime, settings)
@@ -332,6 +337,7 @@ def bench(
         lines = [f"bench {cell}" for cell in cells]
         output.show(lines, "\n".join(lines))
         return
+    workflow.check(cells, runtime)
     with bench_progress(len(cells)) as listen:
         records = workflow.run(cells, runtime, listen, force=not resume)
     if skipped := len(cells) - len(records):
@@ -448,14 +454,16 @@ def compare(
     runtime = take(settings, RuntimeConfig)
     specs, numbers = _grid(settings, everything=True)
     cells = workflow.plan(specs, numbers, settings, runtime, force)
+    benched = workflow.bench_cells(cells, take(measured, BenchConfig))
     if show_config:
         _show_config([cell.config.flat() for cell in cells])
         return
     if dry_run:
-        output.show([cell.text for cell in cells], "\n".join(cell.text for cell in cells))
+        lines = [*(cell.text for cell in cells), *(f"bench {cell}" for cell in benched)]
+        output.show(lines, "\n".join(lines))
         return
     with study_progress() as listen:
-        finished = workflow.run(cells, take(measured, BenchConfig), runtime, force, listen)
+        finished = workflow.run(cells, benched, runtime, force, listen)
     _tell_study(finished)
     if finished.failed:
         raise typer.Exit(1)
@@ -668,9 +676,7 @@ def _grid(settings: dict[str, Any], everything: bool = False) -> tuple[list[str]
     """Take mechanisms, with those of other layers, and seeds out of `settings`; none given: softmax, or everything."""
     own = PRESETS.get(settings.get("preset", ""), {}).get("attention", GridConfig.attention)
     named = settings.pop("attention", "all" if everything else own)
-    named = [named] if isinstance(named, str) else list(named)
-    layers = settings.pop("attention_layers", ())
-    layers = [layers] if isinstance(layers, str) else list(layers)
+    named, layers = _listed(named), _listed(settings.pop("attention_layers", ()))
     seeds = settings.pop("seeds", settings.pop("seed", 0))
     numbers = integers(seeds)
     if not named or not numbers:
@@ -680,6 +686,10 @@ def _grid(settings: dict[str, Any], everything: bool = False) -> tuple[list[str]
             raise UserError(f"attention_layers: '{text}' must be layers, =, and a mechanism, such as 4-=performer")
     specs = [name for spec in named for name in (attention.available() if spec == "all" else [spec])]
     return [",".join([spec, *layers]) for spec in specs], list(numbers)
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _show_config(configs: list[dict[str, Any]]) -> None:

@@ -165,10 +165,17 @@ def test_a_worker_killed_from_outside_costs_the_cell_it_was_running(tmp_path: Pa
     assert lost or records[0].metrics["noise_floor_pct"] is None
 
 
-def test_a_mechanism_that_fits_no_size_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_mechanism_that_fits_no_size_is_refused(tmp_path: Path) -> None:
+    runtime = RuntimeConfig(results=str(tmp_path))
+    bench.check(bench.cells_of(["linear", "softmax"], MODEL, QUICK), runtime)
+    # Too many landmarks for 16 tokens, not for 64: that is a record.
+    some = ["nystromformer:num_landmarks=64"]
+    bench.check(bench.cells_of(some, MODEL, replace(QUICK, tokens="16,64")), runtime)
     with pytest.raises(AttentionError, match="num_landmarks"):
-        measure(tmp_path, ["linear", "nystromformer:num_landmarks=5000"])
-    assert store.read(tmp_path) == []
+        bench.check(bench.cells_of(["linear", *some], MODEL, replace(QUICK, tokens=16)), runtime)
+    with pytest.raises(AttentionError, match=r"xca has no core from queries, keys and values on: .* --level attention"):
+        bench.check(bench.cells_of(["xca"], MODEL, replace(QUICK, level="core")), runtime)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mixed_model_is_one_cell_however_it_is_written(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from vitcmp.configs import BenchConfig, RuntimeConfig, UserError
 from vitcmp.workflows import compare
 
 SETTINGS = {"dataset": "digits", "train_samples": 128, "epochs": 1}
-BENCH = BenchConfig(tokens=(16,), rounds=2, batch_size=2, memory=False)
+BENCH = BenchConfig(tokens=16, max_seconds=0.1, batch_size=2, memory=False)
 
 
 def test_a_study_trains_benches_reports_and_skips_what_is_finished(tmp_path: Path):
@@ -25,7 +25,7 @@ def test_a_study_trains_benches_reports_and_skips_what_is_finished(tmp_path: Pat
         "train linear on digits, seed 0: to do",
     ]
     events = []
-    study = compare.run(plan, BENCH, runtime, listen=events.append)
+    study = compare.run(plan, compare.bench_cells(plan, BENCH), runtime, listen=events.append)
     assert study.failed == 0
     kinds = [record.kind for record in store.read(tmp_path)]
     assert (kinds.count("train"), kinds.count("bench")) == (4, 4)
@@ -40,7 +40,7 @@ def test_a_study_trains_benches_reports_and_skips_what_is_finished(tmp_path: Pat
 
     again = compare.plan(["softmax", "linear"], [0, 1], SETTINGS, runtime, force=False)
     assert all(cell.finished for cell in again)
-    study = compare.run(again, BENCH, runtime)
+    study = compare.run(again, compare.bench_cells(again, BENCH), runtime)
     assert (study.records, study.skipped) == ([], 4)
     forced = compare.plan(["softmax"], [0], SETTINGS, runtime, force=True)
     assert not forced[0].finished
@@ -49,7 +49,8 @@ def test_a_study_trains_benches_reports_and_skips_what_is_finished(tmp_path: Pat
 def test_a_cell_that_cannot_be_built_is_a_record_and_the_rest_goes_on(tmp_path: Path):
     runtime = RuntimeConfig(results=str(tmp_path))
     settings = {**SETTINGS, "attention_dropout": 0.1}
-    study = compare.run(compare.plan(["linear", "softmax"], [0], settings, runtime, force=False), BENCH, runtime)
+    cells = compare.plan(["linear", "softmax"], [0], settings, runtime, force=False)
+    study = compare.run(cells, compare.bench_cells(cells, BENCH), runtime)
     assert study.failed == 2, "its training and its bench as a whole model"
     statuses = {r.config["attention"]: (r.status, r.error) for r in store.read(tmp_path) if r.kind == "train"}
     assert statuses["softmax"] == ("ok", None)
@@ -73,7 +74,7 @@ def test_a_killed_cell_is_a_record_and_the_rest_goes_on(tmp_path: Path):
     )
     runtime = RuntimeConfig(results=str(tmp_path / "results"))
     cells = compare.plan([str(mine), "linear"], [0], SETTINGS, runtime, force=False)
-    study = compare.run(cells, BENCH, runtime)
+    study = compare.run(cells, compare.bench_cells(cells, BENCH), runtime)
     by_name = {r.config["attention"]: r for r in study.records if r.kind == "train"}
     assert by_name[str(mine)].status == "failed"
     assert "SIGKILL" in str(by_name[str(mine)].error)

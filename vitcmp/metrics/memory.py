@@ -80,7 +80,7 @@ def measure_memory(
         peak = _begin(device)
         loss = forward()
         machine.synchronize(device)
-        _trim(device)
+        give_back(device)
         held = peak.held_mib()
         backward(loss)
         machine.synchronize(device)
@@ -146,11 +146,11 @@ def _cgroup_limits(membership: str, root: Path) -> list[int]:
 
 
 def _begin(device: torch.device) -> PeakMemory:
-    _trim(device)
+    give_back(device)
     return PeakMemory(device)
 
 
-def _trim(device: torch.device) -> None:
+def give_back(device: torch.device) -> None:
     """Give back what was freed."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -81,7 +81,7 @@ class Workload:
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device, self.dtype = cell, device, cell.dtype(device)
-        module, shared_qk = _build(cell)
+        module, shared_qk = build_module(cell)
         self.module = module.to(device).train(cell.bench.mode == "train-step")
         self.inputs = _inputs(cell, device, self.dtype, shared_qk)
         self.constants = tuple(x.detach() for x in self.inputs)
@@ -165,8 +165,11 @@ class Core(nn.Module):
         return mixed if self.after is None else self.after(mixed, v)
 
 
-def _build(cell: Cell) -> tuple[nn.Module, bool]:
-    """The module of the cell's level, with the same weights in every process, and whether its keys are its queries."""
+def build_module(cell: Cell) -> tuple[nn.Module, bool]:
+    """The module of the cell's level, with the same weights in every process, and whether its keys are its queries.
+
+    Raises: AttentionError where the mechanism cannot take these sizes, or has no core to measure.
+    """
     if cell.bench.level == "model":
         return ViT(cell.model), False
     mechanism = attention.load(cell.name)
@@ -249,8 +252,9 @@ class Station:
         return [self.timers[cell, 0].cold_ms() for _ in range(samples)]
 
     def release(self) -> None:
-        """Forget all workloads."""
+        """Forget all workloads, and give their memory back."""
         self.timers.clear()
+        memory.give_back(self.device)
 
     def errors(self, cell: Cell, run: str | None, runtime: RuntimeConfig) -> dict[str, Any]:
         """How far the mechanism is from what it approximates, on a run's queries and keys or on random ones."""

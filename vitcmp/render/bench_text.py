@@ -24,7 +24,7 @@ def terminal(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, list[str]]]:
     for title, part in bench_tables.by_conditions(table):
         shown.append((f"{title}; {part['machine'][0]}", _cells(part), _notes(part)))
         if title in growth:
-            notes = ["with 95 % intervals; quicker than the quickest form of softmax that was measured"]
+            notes = ["in brackets, 95 % intervals; softmax: the quickest form of it that was measured"]
             shown.append(("Growth with the number of tokens", bench_tables.growth_text(growth[title]), notes))
     return shown
 

@@ -25,7 +25,7 @@ from vitcmp.metrics import latency, memory, roofline
 from vitcmp.metrics.latency import CellLost, Plan
 from vitcmp.metrics.statistics import median_interval
 from vitcmp.metrics.worker import Worker
-from vitcmp.metrics.workload import Cell, MemoryStation, Station
+from vitcmp.metrics.workload import Cell, MemoryStation, Station, build_module
 from vitcmp.models.checkpoint import load_info
 
 COLD_SAMPLES = 25
@@ -80,17 +80,40 @@ def _with_tokens(model: ModelConfig, tokens: int) -> ModelConfig:
     return replace(model, patch_size=patch, image_size=height if height == width else (height, width))
 
 
+def check(cells: Sequence[Cell], runtime: RuntimeConfig) -> None:
+    """Whether there is anything to measure of each mechanism.
+
+    Raises: UserError where cells need a compiler that is absent, AttentionError for a mechanism that fits no size.
+    """
+    device = machine.pick_device(runtime.device)
+    if any(cell.bench.execution == "compiled" for cell in cells) and device.type == "cpu" and not machine.compiler():
+        raise UserError("compiling for the CPU needs a C++ compiler; install g++ or leave out --execution compiled")
+    by_name: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_name.setdefault(cell.name, []).append(cell)
+    for mine in by_name.values():
+        # Any size that can be built will do: a size that cannot is a record.
+        for cell in (smallest := {c.tokens: c for c in sorted(mine, key=lambda c: c.tokens)}).values():
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    build_module(cell)
+                break
+            except AttentionError:
+                if cell.tokens == max(smallest):
+                    raise
+            except Exception:
+                break
+
+
 def run(
     cells: Sequence[Cell], runtime: RuntimeConfig, listen: Listener = lambda event: None, force: bool = True
 ) -> list[store.Record]:
     """Measure the cells and append a record each, as soon as it is measured.
 
     Unless `force`, cells that have an ok record from this code and machine are skipped.
-
-    Raises: UserError or AttentionError, before anything is measured, for a mechanism that can take none of the sizes.
     """
     device = machine.pick_device(runtime.device)
-    _refuse(cells, device)
     store.check_writable(runtime.results)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
@@ -116,29 +139,6 @@ def _groups(cells: Sequence[Cell]) -> list[list[Cell]]:
     for cell in cells:
         groups.setdefault((cell.bench, replace(cell.model, attention="")), []).append(cell)
     return list(groups.values())
-
-
-def _refuse(cells: Sequence[Cell], device: torch.device) -> None:
-    """Raise for what no process could measure: an option that fits no size, compiling without a compiler."""
-    if any(cell.bench.execution == "compiled" for cell in cells) and device.type == "cpu" and not machine.compiler():
-        raise UserError("compiling for the CPU needs a C++ compiler; install g++ or leave out --execution compiled")
-    by_name: dict[str, list[Cell]] = {}
-    for cell in cells:
-        by_name.setdefault(cell.name, []).append(cell)
-    for mine in by_name.values():
-        # Any size that can be built will do: a size that cannot is a record.
-        for cell in (smallest := {c.tokens: c for c in sorted(mine, key=lambda c: c.tokens)}).values():
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    for spec in cell.model.attention_specs:
-                        attention.load(spec).build(cell.layer)
-                break
-            except AttentionError:
-                if cell.tokens == max(smallest):
-                    raise
-            except Exception:
-                break
 
 
 class _Bench:
@@ -181,6 +181,10 @@ class _Bench:
         state = machine.state(self.device)
         samples, more, floor = self._time([cell for cell in group if cell.name not in lost])
         lost |= more
+        for cell in group:
+            if self.device.type == "cuda" and cell.name in samples:
+                self._add_cold(cell, metrics[cell.name], notes[cell.name])
+        self._release()
         together = uuid.uuid4().hex[:12]
         for cell in group:
             found = metrics[cell.name]
@@ -192,7 +196,6 @@ class _Bench:
             notes[cell.name] += latency.instability(samples[cell.name], plan_of(bench))
             self._add_rest(cell, found, notes[cell.name])
             yield cell, dict(status="ok", metrics=found, warnings=notes[cell.name])
-        self._release()
 
     def _time(self, cells: list[Cell]) -> tuple[dict[str, list[float]], dict[str, CellLost], float | None]:
         """The samples of what could be timed, what was lost on the way, and the noise floor in percent."""
@@ -230,7 +233,14 @@ class _Bench:
             self.worker.stop()
             raise
 
+    def _add_cold(self, cell: Cell, found: dict[str, Any], notes: list[str]) -> None:
+        try:
+            found["cold_latency_ms"] = float(np.median(self._ask(cell, "cold_ms", COLD_SAMPLES)))
+        except CellLost as loss:
+            notes.append(f"cold latency: {loss.reason}")
+
     def _release(self) -> None:
+        """So that what the worker freed does not stand beside what the processes for memory take."""
         assert self.worker is not None
         if self.worker.process is not None:
             self.worker.ask("release")
@@ -245,11 +255,6 @@ class _Bench:
             found |= _roofline(found, self.ceilings[dtype])
         except CellLost as loss:
             notes.append(f"the machine's ceilings: {loss.reason}")
-        if self.device.type == "cuda":
-            try:
-                found["cold_latency_ms"] = float(np.median(self._ask(cell, "cold_ms", COLD_SAMPLES)))
-            except CellLost as loss:
-                notes.append(f"cold latency: {loss.reason}")
         if cell.bench.memory:
             self.listen({"event": "step", "cell": cell, "text": "memory"})
             try:

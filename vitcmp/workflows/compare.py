@@ -90,9 +90,27 @@ def plan(
     return cells
 
 
+def bench_cells(cells: Sequence[TrainCell], measure: BenchConfig) -> list[bench.Cell]:
+    """What is benched: every model as it was trained, and every mechanism as `measure` says.
+
+    Raises: UserError where sizes do not fit.
+    """
+    model, names = cells[0].config.model, dict.fromkeys(cell.config.model.attention_name for cell in cells)
+    # Of a mixed model, the attention alone is that of the mechanisms in it.
+    single = dict.fromkeys(spec for cell in cells for spec in cell.config.model.attention_specs)
+    patch = model.patch
+    own = (model.image_hw[0] // patch) * (model.image_hw[1] // patch)
+    as_trained = replace(
+        measure, level="model", mode="forward", tokens=own, image_sizes=None, execution="eager",
+        precision=cells[0].config.train.precision,
+    )  # fmt: skip
+    measured = bench.cells_of(list(names), model, as_trained)
+    return measured + bench.cells_of(list(names if measure.level == "model" else single), model, measure)
+
+
 def run(
     cells: Sequence[TrainCell],
-    measure: BenchConfig,
+    measured: Sequence[bench.Cell],
     runtime: RuntimeConfig,
     force: bool = False,
     listen: Listener = lambda event: None,
@@ -108,14 +126,6 @@ def run(
         if record.status != "ok":
             listen({"event": "note", "text": f"{name}: {record.status} ({record.error})"})
 
-    model, names = cells[0].config.model, dict.fromkeys(cell.config.model.attention_name for cell in cells)
-    # Of a mixed model, the attention alone is that of the mechanisms in it.
-    single = dict.fromkeys(spec for cell in cells for spec in cell.config.model.attention_specs)
-    patch = model.patch
-    own = (model.image_hw[0] // patch) * (model.image_hw[1] // patch)
-    as_trained = replace(measure, level="model", tokens=(own,), precision=cells[0].config.train.precision)
-    measured = bench.cells_of(list(names), model, as_trained)
-    measured += bench.cells_of(list(names if measure.level == "model" else single), model, measure)
     listen({"event": "stage", "text": f"bench: {len(measured)} cells, of which finished ones are skipped"})
     study.records += bench.run(measured, runtime, force=force)
     study.failed = sum(record.status != "ok" for record in study.records)
