@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from dataclasses import replace
+from typing import Any
 
 from vitcmp.configs import BenchConfig, RuntimeConfig, resolve_run
 from vitcmp.metrics.statistics import exponent
@@ -32,6 +33,11 @@ TIME = (
 )
 
 
+def _tell(event: dict[str, Any]) -> None:
+    if event["event"] == "cell":
+        print(".", end="", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", default=tempfile.mkdtemp())
@@ -39,7 +45,7 @@ def main() -> int:
     outside = 0
     for config, model, metric, bounds in (MEMORY, TIME):
         cells = bench.cells_of(list(bounds), model, config)
-        records = bench.run(cells, RuntimeConfig(results=results), lambda event: print(".", end="", flush=True))
+        records = bench.run(cells, RuntimeConfig(results=results), _tell)
         qkv_mib = 3 * config.several("batch_size")[0] * model.dim * 1024 * 4 / 2**20
         print(f"\n{metric}, dim {model.dim}, {model.num_heads} heads: q, k, v are {qkv_mib:.0f} MiB at 1,024 tokens")
         for name, (low, high) in bounds.items():
