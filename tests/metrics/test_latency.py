@@ -273,8 +273,22 @@ def test_interleaved_ms_takes_so_many_rounds() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cold_calls_on_cuda_are_slower_than_warm_ones() -> None:
+def test_cold_calls_on_cuda_take_time() -> None:
     device = torch.device("cuda")
     x = torch.randn(4 * 2**20 // 4, device=device)
     timer = Timer(Call(lambda: x.sum()), device)
     assert np.median([timer.cold_ms() for _ in range(20)]) > 0
+
+
+def main() -> None:
+    """Print the table of the simulation: `python tests/metrics/test_latency.py`."""
+    print("condition  call   equal    5 %   10 %  rounds: median, 90th percentile")
+    for condition, ms in itertools.product(("quiet_1", "quiet_2", "busy_1", "busy_2"), (5.0, 50.0)):
+        found = [[compare(condition, ms, slower, run) for run in range(RUNS)] for slower in (1.0, 1.05, 1.10)]
+        shares = "  ".join(f"{np.mean([different for different, _ in runs]):6.1%}" for runs in found)
+        rounds = np.percentile([n for runs in found for _, n in runs], [50, 90])
+        print(f"{condition:9} {ms:3.0f} ms {shares}  {rounds[0]:.0f}, {rounds[1]:.0f}")
+
+
+if __name__ == "__main__":
+    main()
