@@ -313,6 +313,7 @@ def bench(
         raise UserError("--fail-on needs records to compare with: give --diff")
     limits = [comparing.Limit.parse(text) for text in fail_on or ()]
     old = comparing.read(diff) if diff else []
+    comparing.check(limits, old)
     settings = _settings(given, attention_specs, layers, None, config, BenchConfig, ModelConfig)
     runtime = take(settings, RuntimeConfig)
     settings = {**settings.pop("bench", {}), **settings}
@@ -338,16 +339,22 @@ def bench(
         output.show(lines, "\n".join(lines))
         return
     workflow.check(cells, runtime)
-    with bench_progress(len(cells)) as listen:
-        records = workflow.run(cells, runtime, listen, force=not resume)
-    if skipped := len(cells) - len(records):
-        output.say(f"{skipped} cells were in {runtime.results} already")
-    changes = comparing.run(comparing.cells(records), old, limits) if old and records else []
-    output.show(
-        {"cells": comparing.cells(records), **({"changes": list(map(dataclasses.asdict, changes))} if old else {})},
-        lambda: _tell_bench(records, changes),
-    )
-    if any(change.broken for change in changes):
+    finished = workflow.finished(cells, runtime) if resume else {}
+    if finished:
+        output.say(f"{len(finished)} cells are in {runtime.results} already")
+    with bench_progress(len(cells) - len(finished)) as listen:
+        measured = workflow.run(cells, runtime, listen, force=not resume)
+    records = [*finished.values(), *measured]
+    changes: list[Change] = []
+    # Numbers that took long are shown even where there is nothing to compare them with.
+    try:
+        changes = comparing.run(comparing.cells(records), old, limits) if old else []
+    finally:
+        output.show(
+            {"cells": comparing.cells(records), **({"changes": list(map(dataclasses.asdict, changes))} if old else {})},
+            lambda: _tell_bench(records, changes),
+        )
+    if limits and any(change.broken for change in changes):
         raise typer.Exit(3)
     if any(record.status != "ok" for record in records):
         raise typer.Exit(1)

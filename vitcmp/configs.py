@@ -290,6 +290,8 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         _check(self, positive="rounds max_seconds timeout memory_limit")
+        if self.timeout > 86_400:
+            raise UserError(f"timeout ({self.timeout:g}) must be at most 86400 seconds, a day")
         for name, known in (("mode", MODES), ("precision", PRECISIONS), ("execution", EXECUTIONS)):
             for value in self.several(name):
                 choose(value, known, name)

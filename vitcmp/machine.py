@@ -79,7 +79,8 @@ def keep_freed_memory() -> bool:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an exception says that memory ran out; the CPU's allocator has no exception type of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(t in str(error).lower() for t in texts)
 
 
 def process_context(device: torch.device, preload: str) -> Any:
@@ -130,8 +131,8 @@ def state(device: torch.device) -> dict[str, float]:
     if hasattr(os, "getloadavg"):
         found["load_1min"] = os.getloadavg()[0]
     if device.type == "cuda":
-        # torch asks NVIDIA's library, whose Python package may be absent.
-        with contextlib.suppress(ImportError, RuntimeError):
+        # torch asks NVIDIA's library, which may be absent or may not tell; it has exceptions of its own.
+        with contextlib.suppress(Exception):
             found["gpu_mhz"] = float(torch.cuda.clock_rate(device))
     if mhz := _cpu_info("cpu MHz"):
         found["cpu_mhz"] = float(mhz)

@@ -110,6 +110,22 @@ def test_slow_downs_are_found(condition: str, ms: float) -> None:
     assert called_different(condition, ms, slower=1.10) >= 0.99
 
 
+def test_of_equals_none_is_told_from_the_quickest() -> None:
+    """Which of 22 copies is the quickest is found by looking, so that the intervals must be wider."""
+    found = 0
+    for run in range(200):
+        machine = Replay("quiet_1", start=np.random.default_rng(run).random())
+        names = [str(i) for i in range(22)]
+        samples = measure(
+            lambda name, machine=machine: machine.work(5.0), [*names, "again"], DEFAULT, run, machine.clock
+        ).samples
+        quickest = min(names, key=lambda name: np.median(samples[name]))
+        floor = noise_floor(samples["0"], samples["again"])
+        ratios = [paired_ratio(samples[name], samples[quickest], 1 - 0.05 / 21) for name in names if name != quickest]
+        found += not all(is_tie(ratio, floor) for ratio in ratios)
+    assert found <= binom.ppf(0.99, 200, 0.05)
+
+
 @pytest.mark.parametrize("rising", [0.2, -0.2])
 def test_a_machine_that_changes_its_speed_by_a_fifth_ranks_alike(rising: float) -> None:
     work = {"a": 10.0, "b": 10.5, "c": 11.0, "d": 11.6}

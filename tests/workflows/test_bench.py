@@ -228,3 +228,14 @@ def test_errors_of_what_approximates_softmax(tmp_path: Path) -> None:
         if wanted:
             assert record.metrics["output_error"] > 0
             assert record.metrics["error_on"].startswith("random q, k of standard deviation 1")
+
+
+@pytest.mark.compiler
+def test_compiled_cells_in_every_mode_are_compiled(tmp_path: Path) -> None:
+    # More of them than the compiler's limit of versions of one function.
+    specs = ["softmax", *(f"linear:eps={i}e-6" for i in range(2, 11))]
+    for name, several in (("softmax", replace(QUICK, mode=MODES, memory=True)), ("all", QUICK)):
+        records = measure(tmp_path, ["softmax"] if name == "softmax" else specs, replace(several, execution="compiled"))
+        assert [(r.status, r.error) for r in records] == [("ok", None)] * (3 if name == "softmax" else 10)
+        for record in records:
+            assert record.metrics.get("peak_memory_mib", 0) < 8, "without what compiling takes"

@@ -18,7 +18,9 @@ from vitcmp.workflows.diff import Limit
 def cell(latency_ms: float = 1.0, status: str = "ok", tokens: int = 64, **metrics: Any) -> dict[str, Any]:
     """A measured cell whose 40 samples spread by 1 %."""
     samples = (latency_ms * np.random.default_rng(int(1000 * latency_ms)).normal(1, 0.01, 40)).tolist()
-    settings = dict(zip(diff.IDENTITY, ["linear", "core", "forward", tokens, 8, "fp32", "eager", 48, 4, 4, 192]))
+    settings = dict(zip(diff.IDENTITY, ["linear", "core", "forward", tokens, 8, "fp32", "eager", 48, 4, 4, 192,
+                                         "cls", True, True]))  # fmt: skip
+    settings["hardware"] = {"cpu": "x"}
     if status != "ok":
         return {**settings, "status": status}
     measured = {"latency_ms": float(np.median(samples)), "latency_samples_ms": samples, "peak_memory_mib": 10.0}
@@ -70,22 +72,32 @@ def test_a_cell_that_gives_no_numbers_any_more_breaks_any_limit() -> None:
 def test_the_newest_of_the_old_cells_counts_and_others_are_left_out() -> None:
     (change, _) = diff.run([cell(2.0), cell(tokens=128)], [cell(1.0), cell(2.0)], [Limit.parse("latency_ms:+10%")])
     assert change.tie
-    with pytest.raises(UserError, match="the old records hold none of these cells"):
-        diff.run([cell(tokens=128)], [cell()])
+    for other in (cell(tokens=128), cell(hardware={"cpu": "y"})):
+        with pytest.raises(UserError, match="the old records hold none of these cells"):
+            diff.run([other], [cell()])
+
+
+def test_a_limit_on_what_is_gone_is_broken_and_one_on_what_never_was_is_refused() -> None:
+    limits = [Limit.parse("peak_memory_mib:+10%")]
+    _, change = diff.run([cell(peak_memory_mib=None)], [cell()], limits)
+    assert (change.metric, change.new, change.broken) == ("peak_memory_mib", None, "there was a number before")
+    diff.check(limits, [cell()])
+    with pytest.raises(UserError, match=r"unknown metric 'peak_memory'; did you mean 'peak_memory_mib'\?"):
+        diff.check([Limit.parse("peak_memory:+10%")], [cell()])
 
 
 def test_old_cells_come_from_a_store_or_from_printed_json(tmp_path: Path) -> None:
     wanted = cell(1.5)
     (tmp_path / "old.json").write_text(json.dumps({"cells": [wanted]}))
     config = {name: wanted[name] for name in diff.IDENTITY}
-    metrics = {name: value for name, value in wanted.items() if name not in (*diff.IDENTITY, "status")}
+    metrics = {name: value for name, value in wanted.items() if name not in (*diff.IDENTITY, "status", "hardware")}
     record = store.new_record(
         kind="bench", status="ok", key="k", config=config, metrics=metrics, hardware={"cpu": "x"}, versions={}
     )
     store.append(tmp_path / "results", record)
     from_json, from_store = diff.read(tmp_path / "old.json"), diff.read(tmp_path / "results")
     assert from_json == [wanted]
-    assert from_store == [{**wanted, "hardware": {"cpu": "x"}}]
+    assert from_store == [wanted]
     for name in ("none.json", "results/records"):
         with pytest.raises(UserError, match=r"neither a results folder nor a file|holds no bench records"):
             diff.read(tmp_path / name)

@@ -253,3 +253,5 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.vitcmp.entmax_attention_backward: _entmax_backward,
 }
 """FLOP of operations that torch's counter lacks, or has wrong."""
+if hasattr(torch.ops.aten, "_scaled_dot_product_attention_math_for_mps"):
+    _FORMULAS[torch.ops.aten._scaled_dot_product_attention_math_for_mps] = _fused_on_cpu

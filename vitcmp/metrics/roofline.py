@@ -57,7 +57,8 @@ def _gemm_gflop_s(device: torch.device, dtype: torch.dtype) -> float:
     """The best of growing sizes, up to the first product that fills a sample."""
     best = 0.0
     for size in GEMM_SIZES:
-        a, b, product = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(3))
+        # Of equal numbers, a GPU would multiply more in a second: they cost less power.
+        a, b, product = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
         seconds = best_s(functools.partial(torch.mm, a, b, out=product), device)
         best = max(best, 2 * size**3 / seconds / 1e9)
         if seconds >= SAMPLE_S:

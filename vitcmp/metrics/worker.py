@@ -43,9 +43,10 @@ class Worker:
                 raise CellLost("timeout", f"no answer in {self.timeout_s:g} s; --timeout gives it longer")
             status, value = self.connection.recv()
         except (EOFError, OSError):
-            self.process.join()
-            reason = machine.exit_reason(self.process.exitcode)
-            self.stop()
+            self.process.join(GRACE_S)
+            code = self.process.exitcode
+            self.stop(at_once=True)
+            reason = "the process stopped answering" if code is None else machine.exit_reason(code)
             raise CellLost("failed", reason) from None
         if status != "ok":
             raise CellLost(status, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -90,10 +92,7 @@ class Workload:
             self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
         self.called: Callable[..., Tensor] = self.module
         if cell.bench.execution == "compiled":
-            # The compiler's cache belongs to a code object, and mechanisms share theirs: a lambda of its own keeps
-            # one from being searched among the others' entries, or from their limit.
-            own = eval("lambda *inputs: module(*inputs)", {"module": self.module})
-            self.called = torch.compile(own, dynamic=False)
+            self.called = _compiled(self.module)
         self.output: Tensor | None = None
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
@@ -117,10 +116,18 @@ class Workload:
         """The forward pass that `backward` goes back through."""
         self.output = self.loss()
 
-    def backward(self) -> None:
-        """The gradients of all parameters and, but for images, of the inputs."""
+    def backward(self, again: bool = True) -> None:
+        """The gradients of all parameters and, but for images, of the inputs; `again`: it can be called once more."""
         assert self.output is not None
-        torch.autograd.grad(self.output, self._differentiable(), retain_graph=True, allow_unused=True)
+        torch.autograd.grad(self.output, self._differentiable(), retain_graph=again, allow_unused=True)
+
+    def forget(self) -> None:
+        """Drop what calls have left: graph, gradients and the optimizer's state."""
+        self.output = None
+        for tensor in self._differentiable():
+            tensor.grad = None
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
 
     def train_step(self) -> None:
         """Forward, backward and AdamW; without parameters, nothing is to be updated."""
@@ -130,7 +137,7 @@ class Workload:
         """What a step of the cell's mode does after the forward pass."""
         if self.cell.bench.mode == "backward":
             self.output = loss
-            self.backward()
+            self.backward(again=False)
             return
         self.module.zero_grad()
         for x in self.inputs:
@@ -211,7 +218,10 @@ def _limit(device: torch.device, limit_mib: int) -> None:
 
 
 class Station:
-    """Lives in a worker process: holds workloads, ready to be timed, and answers what is asked about a cell."""
+    """Lives in a worker process: holds workloads, ready to be timed, and answers what is asked about a cell.
+
+    A cell's `copy` tells two instances of the same cell apart.
+    """
 
     def __init__(self, device_name: str, threads: int, limit_mib: int) -> None:
         self.device = torch.device(device_name)
@@ -220,7 +230,7 @@ class Station:
         machine.keep_freed_memory()
         _limit(self.device, limit_mib)
         warnings.simplefilter("ignore")
-        self.timers: dict[tuple[Cell, int], Timer] = {}
+        self.ready: dict[tuple[Cell, int], tuple[Workload, Timer]] = {}
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
         """What the machine can do in a number format."""
@@ -235,32 +245,47 @@ class Station:
         sizes, more = _sizes(load)
         return sizes, list(dict.fromkeys([*notes, *more]))
 
-    def prepare(self, cell: Cell, copy: int = 0) -> None:
-        """Build a cell, warm it up, and settle how many calls a sample takes; `copy` tells two of one cell apart."""
-        self.timers[cell, copy] = Timer(Workload(cell, self.device).call(), self.device)
+    def prepare(self, cell: Cell, copy: int) -> None:
+        """Build a cell, warm it up, and settle how many calls a sample takes."""
+        load = Workload(cell, self.device)
+        self.ready[cell, copy] = load, Timer(load.call(), self.device)
+        load.output = None
 
-    def sample_ms(self, cell: Cell, copy: int = 0) -> float:
-        """Milliseconds a call; a cell that a former worker had prepared is prepared first."""
-        if (cell, copy) not in self.timers:
+    def sample(self, cell: Cell, copy: int) -> tuple[float, float]:
+        """Milliseconds a call, and the seconds that the sample took, without preparing what a former worker held."""
+        if (cell, copy) not in self.ready:
             self.prepare(cell, copy)
-        return self.timers[cell, copy].sample_ms()
+        load, timer = self.ready[cell, copy]
+        start = time.perf_counter()
+        ms = timer.sample_ms()
+        # Of all graphs of a group, one at a time is enough.
+        load.output = None
+        return ms, time.perf_counter() - start
 
     def cold_ms(self, cell: Cell, samples: int) -> list[float]:
         """On CUDA: milliseconds of calls that find the cache full of something else."""
-        if (cell, 0) not in self.timers:
-            self.prepare(cell)
-        return [self.timers[cell, 0].cold_ms() for _ in range(samples)]
+        if (cell, 0) not in self.ready:
+            self.prepare(cell, 0)
+        load, timer = self.ready[cell, 0]
+        taken = [timer.cold_ms() for _ in range(samples)]
+        load.output = None
+        return taken
 
     def release(self) -> None:
         """Forget all workloads, and give their memory back."""
-        self.timers.clear()
+        self.ready.clear()
         memory.give_back(self.device)
+
+    def memory(self, cell: Cell) -> dict[str, float | None]:
+        """Metrics of memory, for a device that counts its own."""
+        return peak_memory(cell, self.device)
 
     def errors(self, cell: Cell, run: str | None, runtime: RuntimeConfig) -> dict[str, Any]:
         """How far the mechanism is from what it approximates, on a run's queries and keys or on random ones."""
         if run is None:
             inputs = approximation.random_inputs(2, cell.model.num_heads, cell.grid.num_tokens, cell.layer.head_dim)
-            return approximation.metrics(cell.name, inputs, cell.layer)
+            on_device = [(q.to(self.device), k.to(self.device), v.to(self.device)) for q, k, v in inputs.layers]
+            return approximation.metrics(cell.name, replace(inputs, layers=on_device), cell.layer)
         trained = load_run(run, runtime.results)
         trained.model.to(self.device)
         images = load_data(trained.info.run_config.data, runtime.data_dir).test.images[:IMAGES]
@@ -269,7 +294,7 @@ class Station:
 
 
 class MemoryStation:
-    """Lives in a process of its own for one cell: what its memory peaks at."""
+    """Lives in a process of its own for one cell, on a CPU: what its memory peaks at."""
 
     def __init__(self, device_name: str, threads: int, limit_mib: int) -> None:
         self.device = torch.device(device_name)
@@ -277,17 +302,39 @@ class MemoryStation:
         _limit(self.device, limit_mib)
         warnings.simplefilter("ignore")
 
-    def measure(self, cell: Cell) -> dict[str, float | None]:
-        """Metrics of memory, above what the built module and its inputs hold."""
-        load = Workload(cell, self.device)
-        # What libraries allocate once is not the mechanism's. One image shows it, but compiled code is for one size.
-        single = Cell(cell.model, replace(cell.bench, batch_size=1))
-        first = load if cell.bench.execution == "compiled" else Workload(single, self.device)
-        first.inference()
-        if cell.bench.mode == "forward":
-            return memory.measure_memory(self.device, load.inference)
-        first.finish_step(first.loss())
-        return memory.measure_memory(self.device, load.inference, load.loss, load.finish_step)
+    def memory(self, cell: Cell) -> dict[str, float | None]:
+        """Metrics of memory."""
+        return peak_memory(cell, self.device)
+
+
+def peak_memory(cell: Cell, device: torch.device) -> dict[str, float | None]:
+    """Metrics of memory of one call, above what the built module and its inputs hold."""
+    load = Workload(cell, device)
+    # What libraries allocate once is not the mechanism's. One image shows it, but compiled code is for one size.
+    single = Cell(cell.model, replace(cell.bench, batch_size=1))
+    first = load if cell.bench.execution == "compiled" else Workload(single, device)
+    first.inference()
+    if cell.bench.mode == "forward":
+        return memory.measure_memory(device, load.inference)
+    first.finish_step(first.loss())
+    first.forget()
+    return memory.measure_memory(device, load.inference, load.loss, load.finish_step)
+
+
+def _compiled(module: nn.Module) -> Callable[..., Tensor]:
+    """The module, compiled for one size.
+
+    The compiler's cache belongs to a code object, and mechanisms share theirs: one of its own keeps a module from being
+    searched among the others' entries, and from the limit of their number.
+    """
+
+    def call(*inputs: Tensor) -> Tensor:
+        return module(*inputs)
+
+    # A timed backward pass goes through its graph more than once, so its buffers are not to be given away.
+    torch._functorch.config.donated_buffer = False
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    return torch.compile(own, dynamic=False)
 
 
 def _eager(cell: Cell) -> Cell:

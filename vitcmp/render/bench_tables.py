@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from vitcmp.configs import ModelConfig, attention_name
+from vitcmp.configs import LAYERS, ModelConfig, attention_name
 from vitcmp.metrics.statistics import (
     Crossover,
     Exponent,
@@ -42,7 +42,8 @@ LISTS = ("latency_samples_ms", "warnings")
 
 GROWING = {"latency": "latency_ms", "memory": "peak_memory_mib"}
 LARGE = 1024
-"""Tokens from which exponents are fitted, where three sizes are as large: fixed costs hide the growth below."""
+"""Tokens from which exponents are fitted, where four sizes are as large, else to the four largest: fixed costs hide the
+growth below."""
 CONTROL = "uniform"
 """No attention at all, and so quicker than all: it never counts as the quickest."""
 PERCENTAGE = re.compile(r"[+-]*\d+(\.\d+)? ?%")
@@ -131,13 +132,14 @@ def growth(scaling_table: pd.DataFrame) -> list[tuple[str, list[Row]]]:
 
 def growth_text(rows: Sequence[Row]) -> pd.DataFrame:
     """`growth` of one set of conditions, to read. A fit over other sizes than the heading says names them."""
-    large = any(row[kind] is not None and row[kind].sizes[0] >= LARGE for row in rows for kind in GROWING)
-    where = f"N ≥ {LARGE:,}" if large else "all N"
+    firsts = [row[kind].sizes[0] for row in rows for kind in GROWING if row[kind] is not None]
+    first = max(firsts, key=firsts.count, default=LARGE)
+    where = f"N ≥ {first:,}"
     lines = [
         {
             HEADINGS["attention"]: row["attention"],
-            f"Latency ~ N^p, {where}": _exponent_text(row["latency"], large),
-            f"Memory ~ N^p, {where}": _exponent_text(row["memory"], large),
+            f"Latency ~ N^p, {where}": _exponent_text(row["latency"], first),
+            f"Memory ~ N^p, {where}": _exponent_text(row["memory"], first),
             "Quicker than softmax from N": MISSING if row["crossover"] is None else str(row["crossover"]),
         }
         for row in rows
@@ -217,9 +219,7 @@ def macs(scaling_table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     for title, part in _parts(counted, ("level", "model")):
         # Neither the batch size nor the mode changes what one image's forward pass costs.
         rows = part.drop_duplicates(["attention", "tokens"]).sort_values(["attention", "tokens"])
-        notes = [note if isinstance(note, str) else "; ".join(filter(_on_macs, warnings or ()))
-                 for note, warnings in zip(rows["macs_note"], rows["warnings"], strict=True)]  # fmt: skip
-        found.append((title, rows[names].assign(macs_note=notes).reset_index(drop=True)))
+        found.append((title, rows[names].assign(macs_note=rows["macs_note"].fillna("")).reset_index(drop=True)))
     return found
 
 
@@ -248,6 +248,8 @@ def macs_notes(part: pd.DataFrame) -> list[str]:
     found: dict[str, list[str]] = {}
     for name, rows in part.groupby("attention"):
         for column, counter in (("counted_macs_g", "torch's counter"), ("ptflops_macs_g", "ptflops")):
+            if rows[column].isna().any():
+                found.setdefault(f"{counter} gave no count", []).append(str(name))
             off = 100 * (rows[column] / rows["macs_g"] - 1)
             off = off[off.abs() > 100 * DISAGREE]
             if off.empty:
@@ -307,11 +309,11 @@ def errors_text(scaling_table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def bench_notes(scaling_table: pd.DataFrame) -> list[str]:
-    """What the cells themselves say: why they gave no number, and their warnings but those on multiply-adds, which
-    belong beside these. What many cells say alike, but for percentages, stands once."""
+    """What the cells say: why they gave no number, and their warnings. What many say alike, but for percentages, stands
+    once."""
     said: dict[str, tuple[list[str], dict[str, set[int]]]] = {}
     for row in scaling_table.to_dict("records"):
-        texts = [text for text in row["warnings"] or () if not _on_macs(text)]
+        texts = list(row["warnings"] or ())
         if row["status"] != "ok":
             texts.append(": ".join(filter(lambda x: isinstance(x, str), (row["status"], row["error"]))))
         for text in texts:
@@ -362,7 +364,7 @@ def _tied(table: pd.DataFrame) -> list[bool]:
     for _, cells in _rivals(table).groupby([*CONDITIONS, "tokens"], dropna=False):
         rows = cells.to_dict("records")
         quickest = min(rows, key=lambda row: row["latency_ms"])
-        marks = [row is quickest or _cannot_be_told(row, quickest) for row in rows]
+        marks = [row is quickest or _cannot_be_told(row, quickest, len(rows) - 1) for row in rows]
         tied |= dict(zip(cells.index, marks, strict=True))
     return list(tied.values())
 
@@ -371,13 +373,15 @@ def _rivals(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["latency_ms"].notna() & (table["attention"] != CONTROL)]
 
 
-def _cannot_be_told(cell: Mapping[Any, Any], quickest: Mapping[Any, Any]) -> bool:
+def _cannot_be_told(cell: Mapping[Any, Any], quickest: Mapping[Any, Any], rivals: int) -> bool:
+    """At 5 % over all of the quickest's rivals (Bonferroni): which one is the quickest was found by looking."""
     own, other = _samples(cell), _samples(quickest)
     if not (own and other):
         return cell["latency_ms"] == quickest["latency_ms"]
     floors = [pct / 100 for pct in (cell["noise_floor_pct"], quickest["noise_floor_pct"]) if not math.isnan(pct)]
     together = isinstance(cell["group"], str) and cell["group"] == quickest["group"]
-    return is_tie((paired_ratio if together else unpaired_ratio)(own, other), max(floors, default=0.0))
+    ratio = (paired_ratio if together else unpaired_ratio)(own, other, 1 - 0.05 / rivals)
+    return is_tie(ratio, max(floors, default=0.0))
 
 
 def _samples(cell: Mapping[Any, Any]) -> Sequence[float]:
@@ -387,28 +391,24 @@ def _samples(cell: Mapping[Any, Any]) -> Sequence[float]:
 
 
 def _exponent(cells: pd.DataFrame, y: str) -> Exponent | None:
-    """Over the large sizes where there are three, else over all; None below three."""
+    """Over the large sizes where there are four, else over the four largest; None below three."""
     cells = cells[cells[y] > 0]
     large = cells[cells["tokens"] >= LARGE]
-    cells = large if len(large) >= 3 else cells
+    cells = large if len(large) >= 4 else cells.nlargest(4, "tokens")
     return exponent(cells["tokens"].tolist(), cells[y].tolist()) if len(cells) >= 3 else None
 
 
-def _exponent_text(fit: Exponent | None, large: bool) -> str:
+def _exponent_text(fit: Exponent | None, first: int) -> str:
     if fit is None:
         return MISSING
-    elsewhere = f", N = {fit.sizes[0]} to {fit.sizes[-1]}" if large and fit.sizes[0] < LARGE else ""
+    elsewhere = f", N = {fit.sizes[0]} to {fit.sizes[-1]}" if fit.sizes[0] != first else ""
     # Three points leave one degree of freedom: an interval so wide says nothing.
     interval = f" ({fit.low:.2f} to {fit.high:.2f})" if len(fit.sizes) > 3 else ""
     return f"{fit.value:.2f}{interval}{elsewhere}"
 
 
 def _is_softmax(name: str) -> bool:
-    return name.partition(":")[0] == "softmax"
-
-
-def _on_macs(text: str) -> bool:
-    return "ptflops" in text or "MACs" in text
+    return name.partition(":")[0] == "softmax" and LAYERS.search(name) is None
 
 
 def _model_text(row: Row) -> str:

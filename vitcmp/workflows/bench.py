@@ -8,6 +8,7 @@ and costs no other.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import uuid
 import warnings
@@ -106,6 +107,16 @@ def check(cells: Sequence[Cell], runtime: RuntimeConfig) -> None:
                 break
 
 
+def finished(cells: Sequence[Cell], runtime: RuntimeConfig) -> dict[Cell, store.Record]:
+    """The newest ok record of each cell that was measured by this code on this machine."""
+    device = machine.pick_device(runtime.device)
+    if runtime.threads:
+        torch.set_num_threads(runtime.threads)
+    newest = {r.key: r for r in store.read(runtime.results) if r.kind == "bench" and r.status == "ok"}
+    keys = {cell: _key(cell, device) for cell in cells}
+    return {cell: newest[key] for cell, key in keys.items() if key in newest}
+
+
 def run(
     cells: Sequence[Cell], runtime: RuntimeConfig, listen: Listener = lambda event: None, force: bool = True
 ) -> list[store.Record]:
@@ -117,15 +128,14 @@ def run(
     store.check_writable(runtime.results)
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
-    keys = {cell: _key(cell, device) for cell in cells}
-    done = set() if force else {r.key for r in store.read(runtime.results) if r.kind == "bench" and r.status == "ok"}
-    waiting = [cell for cell in cells if keys[cell] not in done]
+    done = {} if force else finished(cells, runtime)
+    waiting = [cell for cell in cells if cell not in done]
     records: list[store.Record] = []
     with _Bench(device, runtime, listen) as bench:
         for group in _groups(waiting):
             for cell, outcome in bench.measure(group):
                 record = store.new_record(
-                    kind="bench", key=keys[cell], config=_config(cell), hardware=machine.hardware(device),
+                    kind="bench", key=_key(cell, device), config=_config(cell), hardware=machine.hardware(device),
                     versions=machine.versions(), commit=machine.commit(), **outcome,
                 )  # fmt: skip
                 store.append(runtime.results, record)
@@ -147,7 +157,7 @@ class _Bench:
     def __init__(self, device: torch.device, runtime: RuntimeConfig, listen: Listener) -> None:
         self.device, self.runtime, self.listen = device, runtime, listen
         self.worker: Worker | None = None
-        self.ceilings: dict[torch.dtype, roofline.Ceilings] = {}
+        self.ceilings: dict[torch.dtype, roofline.Ceilings | CellLost] = {}
         self.errors: dict[tuple[str, int], dict[str, Any] | CellLost] = {}
 
     def __enter__(self) -> _Bench:
@@ -164,7 +174,10 @@ class _Bench:
         )
 
     def measure(self, group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """The cells of a group, each with the status, metrics, warnings and error of its record."""
+        """The cells of a group, each with the status, metrics, warnings and error of its record.
+
+        The samples come last, so that nothing is between them and the records.
+        """
         bench = group[0].bench
         self.worker = self.worker or self._process(Station, bench)
         self.worker.timeout_s = bench.timeout
@@ -172,19 +185,25 @@ class _Bench:
         notes: dict[str, list[str]] = {cell.name: [] for cell in group}
         lost: dict[str, CellLost] = {}
         for cell in group:
-            self.listen({"event": "step", "cell": cell, "text": "preparing"})
+            self._step(cell, "work")
             try:
-                metrics[cell.name], notes[cell.name] = self._ask(cell, "describe")
-                self._ask(cell, "prepare")
+                metrics[cell.name], notes[cell.name] = self._ask("describe", cell)
             except CellLost as loss:
                 lost[cell.name] = loss
+        for cell in group:
+            if cell.name not in lost:
+                self._add_untimed(cell, metrics[cell.name], notes[cell.name])
+        self._release()
+        for cell in group:
+            if cell.name not in lost:
+                self._step(cell, "warm-up")
+                try:
+                    self._ask("prepare", cell, 0)
+                except CellLost as loss:
+                    lost[cell.name] = loss
         state = machine.state(self.device)
         samples, more, floor = self._time([cell for cell in group if cell.name not in lost])
         lost |= more
-        for cell in group:
-            if self.device.type == "cuda" and cell.name in samples:
-                self._add_cold(cell, metrics[cell.name], notes[cell.name])
-        self._release()
         together = uuid.uuid4().hex[:12]
         for cell in group:
             found = metrics[cell.name]
@@ -194,8 +213,14 @@ class _Bench:
                 continue
             found |= {**_latency(samples[cell.name], cell), "noise_floor_pct": floor, "group": together, **state}
             notes[cell.name] += latency.instability(samples[cell.name], plan_of(bench))
-            self._add_rest(cell, found, notes[cell.name])
+            if self.device.type == "cuda":
+                self._add_cold(cell, found, notes[cell.name])
+            if "work_gflop" in found and "peak_gflop_s" in found:
+                work, ceilings = found["work_gflop"], roofline.Ceilings(found["peak_gflop_s"], found["copy_gb_s"])
+                found["achieved_gflop_s"] = roofline.achieved_gflop_s(work, found["latency_ms"])
+                found["fraction_of_peak"] = roofline.fraction_of_peak(work, found["latency_ms"], ceilings)
             yield cell, dict(status="ok", metrics=found, warnings=notes[cell.name])
+        self._release()
 
     def _time(self, cells: list[Cell]) -> tuple[dict[str, list[float]], dict[str, CellLost], float | None]:
         """The samples of what could be timed, what was lost on the way, and the noise floor in percent."""
@@ -203,84 +228,108 @@ class _Bench:
             return {}, {}, None
         by_name = {cell.name: (cell, 0) for cell in cells}
         twin = f"{cells[0].name} again"
-        by_name[twin] = (cells[0], 1)
-        taken = itertools.count(1)
+        # The twin is no cell: without it, there is no noise floor, and nothing else is lost.
+        with contextlib.suppress(CellLost):
+            self._ask("prepare", cells[0], 1)
+            by_name[twin] = (cells[0], 1)
+        taken, spent = itertools.count(1), 0.0
 
         def sample(name: str) -> float:
+            nonlocal spent
             cell, copy = by_name[name]
-            self.listen({"event": "step", "cell": cell, "text": f"sample {next(taken)}"})
-            return self._ask(cell, "sample_ms", copy)
+            self._step(cell, f"sample {next(taken)}")
+            ms, seconds = self._ask("sample", cell, copy)
+            spent += seconds
+            return ms
 
-        samples, lost = latency.measure(sample, list(by_name), plan_of(cells[0].bench))
-        # The twin is no cell: without it, there is no noise floor, and nothing else is lost.
+        samples, lost = latency.measure(sample, list(by_name), plan_of(cells[0].bench), clock=lambda: spent)
         lost.pop(twin, None)
         again, first = samples.pop(twin, None), samples.get(cells[0].name)
         floor = None if again is None or first is None else 100 * latency.noise_floor(first, again)
         return samples, lost, floor
 
-    def _ask(self, cell: Cell, method: str, *args: object) -> Any:
+    def _step(self, cell: Cell, text: str) -> None:
+        self.listen({"event": "step", "cell": cell, "text": text})
+
+    def _ask(self, method: str, cell: Cell, *args: object) -> Any:
         """Ask the worker; out of memory counts only in a process that no other cell has filled."""
         assert self.worker is not None
         try:
             return self.worker.ask(method, cell, *args)
         except CellLost as loss:
+            # After a fault on CUDA, nothing works in that process any more.
+            if loss.status == "oom" or self.device.type == "cuda":
+                self.worker.stop()
             if loss.status != "oom":
                 raise
-            self.worker.stop()
         try:
             return self.worker.ask(method, cell, *args)
         except CellLost:
             self.worker.stop()
             raise
 
-    def _add_cold(self, cell: Cell, found: dict[str, Any], notes: list[str]) -> None:
-        try:
-            found["cold_latency_ms"] = float(np.median(self._ask(cell, "cold_ms", COLD_SAMPLES)))
-        except CellLost as loss:
-            notes.append(f"cold latency: {loss.reason}")
-
     def _release(self) -> None:
         """So that what the worker freed does not stand beside what the processes for memory take."""
         assert self.worker is not None
         if self.worker.process is not None:
-            self.worker.ask("release")
+            try:
+                self.worker.ask("release")
+            except CellLost:
+                self.worker.stop()
 
-    def _add_rest(self, cell: Cell, found: dict[str, Any], notes: list[str]) -> None:
-        """What is measured beside latency; what cannot be had is left out, with a note."""
+    def _add_untimed(self, cell: Cell, found: dict[str, Any], notes: list[str]) -> None:
+        """The machine's ceilings, memory and errors; what cannot be had is left out, with a note."""
         dtype = cell.dtype(self.device)
-        try:
-            if dtype not in self.ceilings:
-                assert self.worker is not None
-                self.ceilings[dtype] = self.worker.ask("ceilings", dtype)
-            found |= _roofline(found, self.ceilings[dtype])
-        except CellLost as loss:
-            notes.append(f"the machine's ceilings: {loss.reason}")
+        if dtype not in self.ceilings:
+            self.ceilings[dtype] = self._try("ceilings", dtype)
+        ceilings = self.ceilings[dtype]
+        if isinstance(ceilings, CellLost):
+            notes.append(f"the machine's ceilings: {ceilings.reason}")
+        else:
+            found |= {"peak_gflop_s": ceilings.gflop_s, "copy_gb_s": ceilings.copy_gb_s}
         if cell.bench.memory:
-            self.listen({"event": "step", "cell": cell, "text": "memory"})
-            try:
-                with self._process(MemoryStation, cell.bench) as child:
-                    found |= child.ask("measure", cell)
-            except CellLost as loss:
-                notes.append(f"peak memory: {loss.reason}")
+            self._add_memory(cell, found, notes)
         if cell.bench.errors and isinstance(cell.model.attention, str) and attention.load(cell.name).approximates:
-            try:
-                found |= self._errors_of(cell)
-            except CellLost as loss:
-                notes.append(f"error against what it approximates: {loss.reason}")
+            # They depend on the mechanism and the tokens alone, so they are measured once.
+            key = (cell.name, cell.tokens)
+            if key not in self.errors:
+                self._step(cell, "error")
+                self.errors[key] = self._try("errors", cell, cell.bench.run, self.runtime)
+            errors = self.errors[key]
+            if isinstance(errors, CellLost):
+                notes.append(f"error against what it approximates: {errors.reason}")
+            else:
+                found |= errors
 
-    def _errors_of(self, cell: Cell) -> dict[str, Any]:
-        """They depend on the mechanism and the tokens alone, so they are measured once."""
-        key = (cell.name, cell.tokens)
-        if key not in self.errors:
-            self.listen({"event": "step", "cell": cell, "text": "error"})
-            try:
-                self.errors[key] = self._ask(cell, "errors", cell.bench.run, self.runtime)
-            except CellLost as loss:
-                self.errors[key] = loss
-        found = self.errors[key]
-        if isinstance(found, CellLost):
-            raise found
-        return found
+    def _try(self, method: str, *args: object) -> Any:
+        """What the worker answers, or the CellLost."""
+        assert self.worker is not None
+        try:
+            return self.worker.ask(method, *args)
+        except CellLost as loss:
+            self.worker.stop()
+            return loss
+
+    def _add_memory(self, cell: Cell, found: dict[str, Any], notes: list[str]) -> None:
+        """A CPU's memory in a fresh process; a device that counts its own tells in the worker, too."""
+        self._step(cell, "memory")
+        try:
+            if self.device.type != "cpu":
+                found |= self._ask("memory", cell)
+            else:
+                self._release()
+                with self._process(MemoryStation, cell.bench) as child:
+                    found |= child.ask("memory", cell)
+            if found["peak_memory_mib"] is None:
+                notes.append("peak memory: this system does not tell")
+        except CellLost as loss:
+            notes.append(f"peak memory: {loss.reason}")
+
+    def _add_cold(self, cell: Cell, found: dict[str, Any], notes: list[str]) -> None:
+        try:
+            found["cold_latency_ms"] = float(np.median(self._ask("cold_ms", cell, COLD_SAMPLES)))
+        except CellLost as loss:
+            notes.append(f"cold latency: {loss.reason}")
 
 
 def plan_of(bench: BenchConfig) -> Plan:
@@ -296,18 +345,6 @@ def _latency(samples: list[float], cell: Cell) -> dict[str, Any]:
         "latency_ms": middle, "latency_low_ms": low, "latency_high_ms": high, "latency_iqr_ms": spread,
         "latency_min_ms": min(samples), "latency_samples_ms": samples,
         "throughput_img_s": cell.batch_size / middle * 1e3,
-    }  # fmt: skip
-
-
-def _roofline(found: dict[str, Any], ceilings: roofline.Ceilings) -> dict[str, Any]:
-    """How near the mechanism comes to what the machine can do; empty where its work is not known."""
-    facts = {"peak_gflop_s": ceilings.gflop_s, "copy_gb_s": ceilings.copy_gb_s}
-    if found.get("work_gflop") is None:
-        return facts
-    work, latency_ms = found["work_gflop"], found["latency_ms"]
-    return {
-        **facts, "achieved_gflop_s": roofline.achieved_gflop_s(work, latency_ms),
-        "fraction_of_peak": roofline.fraction_of_peak(work, latency_ms, ceilings),
     }  # fmt: skip
 
 

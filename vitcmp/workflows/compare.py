@@ -105,7 +105,8 @@ def bench_cells(cells: Sequence[TrainCell], measure: BenchConfig) -> list[bench.
         precision=cells[0].config.train.precision,
     )  # fmt: skip
     measured = bench.cells_of(list(names), model, as_trained)
-    return measured + bench.cells_of(list(names if measure.level == "model" else single), model, measure)
+    measured += bench.cells_of(list(names if measure.level == "model" else single), model, measure)
+    return list(dict.fromkeys(measured))
 
 
 def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from vitcmp import store
-from vitcmp.configs import UserError, attention_name
+from vitcmp.configs import UserError, attention_name, choose
 from vitcmp.metrics.statistics import Ratio, is_tie, unpaired_ratio
 
 IDENTITY = (
     "attention", "level", "mode", "tokens", "batch_size", "precision", "execution", "dim", "num_heads", "depth",
-    "mlp_dim",
+    "mlp_dim", "pool", "qkv_bias", "out_bias",
 )  # fmt: skip
-"""What makes two cells the same."""
+"""What makes two cells the same, on the same hardware."""
+HARDWARE = ("device", "cpu", "threads")
 Cell = Mapping[str, Any]
 """Settings, status and metrics of a bench record under their own names, as `vitcmp --json bench` prints them."""
 
@@ -44,7 +46,9 @@ class Limit:
 
     def broken(self, old: float, new: float) -> bool:
         """Whether a change goes beyond the limit."""
-        change = new - old if not self.relative else new / old - 1 if old else 0.0
+        change = new - old
+        if self.relative:
+            change = change / abs(old) if old else math.copysign(math.inf, change) if change else 0.0
         return change > self.change if self.change > 0 else change < self.change
 
 
@@ -70,6 +74,7 @@ def cells(records: Iterable[store.Record]) -> list[dict[str, Any]]:
         {
             **{name: record.config.get(name) for name in IDENTITY},
             "attention": attention_name(record.config["attention"]), "status": record.status, **record.metrics,
+            "precision": record.metrics.get("precision_used", record.config["precision"]),
             "hardware": record.hardware,
         }
         for record in records
@@ -87,13 +92,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     else:
         try:
             found = json.loads(path.read_text())["cells"]
-        except (OSError, ValueError, KeyError, TypeError):
+            list(map(_identity, found))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"'{path}' is neither a results folder nor a file that `vitcmp --json bench` wrote"
             ) from None
     if not found:
         raise UserError(f"'{path}' holds no bench records to compare with")
     return found
+
+
+def check(limits: Sequence[Limit], old: Sequence[Cell]) -> None:
+    """Raise UserError for a limit on what the old cells do not have: it could never be broken."""
+    for limit in limits:
+        known = {name for cell in old for name, value in cell.items() if isinstance(value, int | float)}
+        if limit.metric not in known:
+            choose(limit.metric, sorted(name for name in known if name not in IDENTITY), "metric")
 
 
 def run(new: Sequence[Cell], old: Sequence[Cell], limits: Sequence[Limit] = ()) -> list[Change]:
@@ -107,7 +121,9 @@ def run(new: Sequence[Cell], old: Sequence[Cell], limits: Sequence[Limit] = ()) 
     before = {_identity(cell): cell for cell in old}
     pairs = [(before[_identity(cell)], cell) for cell in new if _identity(cell) in before]
     if not pairs:
-        raise UserError("the old records hold none of these cells; measure the same mechanisms, sizes and settings")
+        raise UserError(
+            "the old records hold none of these cells; measure the same mechanisms, sizes and settings on one machine"
+        )
     metrics = dict.fromkeys(["latency_ms", "peak_memory_mib", *(limit.metric for limit in limits)])
     changes = []
     for was, now in pairs:
@@ -115,8 +131,13 @@ def run(new: Sequence[Cell], old: Sequence[Cell], limits: Sequence[Limit] = ()) 
             changes.append(Change(_name(now), "status", "ok", now["status"], None, False, "it gave numbers before"))
             continue
         for metric in metrics:
-            if isinstance(was.get(metric), int | float) and isinstance(now.get(metric), int | float):
-                changes.append(_change(metric, was, now, [limit for limit in limits if limit.metric == metric]))
+            if not isinstance(was.get(metric), int | float):
+                continue
+            mine = [limit for limit in limits if limit.metric == metric]
+            if isinstance(now.get(metric), int | float):
+                changes.append(_change(metric, was, now, mine))
+            elif mine:
+                changes.append(Change(_name(now), metric, was[metric], None, None, False, "there was a number before"))
     return changes
 
 
@@ -134,7 +155,8 @@ def _change(metric: str, was: Cell, now: Cell, limits: Sequence[Limit]) -> Chang
 
 
 def _identity(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell.get(name) for name in IDENTITY)
+    hardware = cell.get("hardware") or {}
+    return (*(cell.get(name) for name in IDENTITY), *(hardware.get(name) for name in HARDWARE))
 
 
 def _name(cell: Cell) -> str:
