@@ -62,7 +62,9 @@ def test_workflows_do_not_import_each_other(path: Path) -> None:
 def test_rendering_measures_nothing(path: Path) -> None:
     for dotted in imports(path):
         assert dotted.split(".")[0] not in ("torch", "torchvision"), f"{path} imports {dotted}"
-        assert part_of(dotted)[:1] not in (["metrics"], ["models"], ["data"]), f"{path} imports {dotted}"
+        # What samples say is computed from them alone.
+        if part_of(dotted)[:2] != ["metrics", "statistics"]:
+            assert part_of(dotted)[:1] not in (["metrics"], ["models"], ["data"]), f"{path} imports {dotted}"
 
 
 def test_the_rule_reads_something() -> None:

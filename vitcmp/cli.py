@@ -318,6 +318,8 @@ def bench(
     runtime = take(settings, RuntimeConfig)
     settings = {**settings.pop("bench", {}), **settings}
     if image_sizes is not None:
+        if "tokens" in given:
+            raise UserError("give --tokens or --image-size: each says how many tokens there are")
         settings["image_sizes"] = image_sizes
     everyone = "all" in _listed(settings.get("attention", "all"))
     specs, _ = _grid(settings, everything=True)
@@ -370,8 +372,14 @@ def _tell_bench(records: list[Record], changes: list[Change]) -> None:
     for note in bench_tables.bench_notes(table):
         output.say(note)
     if changes:
-        rows = [[c.cell, c.metric, text_of(c.old), text_of(c.new), _ratio_text(c), c.broken or "–"] for c in changes]
-        out.print(make_table(["cell", "metric", "before", "now", "ratio (95 %)", "beyond"], rows, "Changes"))
+        rows = [[c.cell, c.metric, _number(c.old), _number(c.new), _ratio_text(c), c.broken or "–"] for c in changes]
+        out.print(
+            make_table(["cell", "metric", "before", "now", "ratio (95 %)", "beyond"], rows, "Changes", lines=False)
+        )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else text_of(value)
 
 
 def _ratio_text(change: Change) -> str:
@@ -729,8 +737,9 @@ def main() -> NoReturn:
     except SystemExit as stopped:
         code = stopped.code
     if code in (130, 143):
-        err.print("interrupted; what is finished is recorded. `vitcmp runs` lists the unfinished run, "
-                  "`vitcmp train --resume RUN` goes on with it", highlight=False, soft_wrap=True)  # fmt: skip
+        err.print("interrupted; what is finished is recorded. Go on with `vitcmp train --resume RUN` (`vitcmp runs` "
+                  "lists it), `vitcmp bench --resume`, or the same `vitcmp compare`",
+                  highlight=False, soft_wrap=True)  # fmt: skip
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -23,10 +23,10 @@ def test_ceilings_of_this_machine_are_plausible(dtype: torch.dtype) -> None:
 
 
 def test_a_large_product_reaches_the_ceiling() -> None:
-    peak = roofline.ceilings(CPU, torch.float32)
-    assert peak.gflop_s > 1
     a, b = torch.randn(2, 1536, 1536)
-    for _ in range(3):
+    for _ in range(4):
+        # Both anew: what else runs on the machine may come and go between them.
+        peak = roofline.ceilings.__wrapped__(CPU, torch.float32)
         latency_ms = 1000 * roofline.best_s(lambda: a @ b, CPU)
         fraction = roofline.fraction_of_peak(2 * 1536**3 / 1e9, latency_ms, peak)
         if 0.6 < fraction < 1.2:

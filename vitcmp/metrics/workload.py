@@ -331,8 +331,10 @@ def _compiled(module: nn.Module) -> Callable[..., Tensor]:
     def call(*inputs: Tensor) -> Tensor:
         return module(*inputs)
 
+    from torch._functorch import config
+
     # A timed backward pass goes through its graph more than once, so its buffers are not to be given away.
-    torch._functorch.config.donated_buffer = False
+    config.donated_buffer = False
     own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
     return torch.compile(own, dynamic=False)
 

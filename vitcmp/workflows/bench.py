@@ -70,6 +70,9 @@ def model_of(bench: BenchConfig, runtime: RuntimeConfig, given: Mapping[str, Any
     if bench.run is None:
         return resolve_run({"dataset": "fake", **given}).model
     trained = asdict(load_info(store.find_run(runtime.results, bench.run)).run_config.model)
+    for name in ("dim", "num_heads", "patch_size", "pool", "image_size"):
+        if given.get(name, trained[name]) != trained[name]:
+            raise UserError(f"--run brings its model's sizes: {name} is {trained[name]}, so leave out {name}")
     (model,) = split({**trained, "attention": "softmax", **given}, ModelConfig)
     return model
 
@@ -213,6 +216,8 @@ class _Bench:
                 continue
             found |= {**_latency(samples[cell.name], cell), "noise_floor_pct": floor, "group": together, **state}
             notes[cell.name] += latency.instability(samples[cell.name], plan_of(bench))
+            if floor is None:
+                notes[cell.name].append("no noise floor: the copy of the first mechanism was lost")
             if self.device.type == "cuda":
                 self._add_cold(cell, found, notes[cell.name])
             if "work_gflop" in found and "peak_gflop_s" in found:
@@ -264,8 +269,10 @@ class _Bench:
                 raise
         try:
             return self.worker.ask(method, cell, *args)
-        except CellLost:
+        except CellLost as loss:
             self.worker.stop()
+            if loss.status == "oom" and self.device.type == "cpu":
+                raise CellLost("oom", f"{loss.reason}; --memory-limit allows more") from None
             raise
 
     def _release(self) -> None:
