@@ -6,13 +6,13 @@ with the default plan give: called different when equal, 5 % and 10 % slower, an
 
     condition  call     equal   5 %      10 %     rounds
     quiet_1    5 ms     2.6 %   100 %    100 %    15, 36
-    quiet_1    50 ms    2.4 %   100 %    100 %    15, 38
+    quiet_1    50 ms    2.4 %   100 %    100 %    15, 36
     quiet_2    5 ms     3.5 %   99.9 %   100 %    48, 200
-    quiet_2    50 ms    2.0 %   98.5 %   100 %    37, 38
+    quiet_2    50 ms    2.0 %   98.5 %   100 %    36, 38
     busy_1     5 ms     2.5 %   100 %    100 %    15, 36
     busy_1     50 ms    2.6 %   100 %    100 %    15, 36
     busy_2     5 ms     2.7 %   99.6 %   99.5 %   115, 200
-    busy_2     50 ms    2.1 %   35.3 %   45.2 %   22, 28
+    busy_2     50 ms    2.0 %   36.3 %   45.9 %   21, 28
 
 The last is the limit: where threads wait for a core that another program holds, two seconds of long calls do not
 suffice to find a difference; what is called different still is.
