@@ -283,6 +283,8 @@ class BenchConfig:
     """MiB that measuring may use on a CPU before a cell counts as out of memory; auto: half of the machine's."""
     memory: bool = True
     """Measure peak memory, in a process of its own a cell."""
+    counts: bool = True
+    """Count multiply-adds with torch's counter and ptflops, too, and the bytes moved."""
     errors: bool = True
     """Measure the error of mechanisms that approximate another."""
     run: str | None = None

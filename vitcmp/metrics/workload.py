@@ -237,7 +237,7 @@ class Station:
         return ceilings(self.device, dtype)
 
     def describe(self, cell: Cell) -> tuple[dict[str, Any], list[str]]:
-        """Parameters, MACs three ways, work and traffic; and what is to be known of them."""
+        """Parameters, MACs three ways, work and traffic, as far as counted; and what is to be known of them."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", DegenerateWarning)
             load = Workload(_eager(cell), self.device)
@@ -351,6 +351,8 @@ def _sizes(load: Workload) -> tuple[dict[str, Any], list[str]]:
         "params_m": complexity.parameters_m(module), "macs_g": macs / 1e9, "attention_macs_g": in_attention / 1e9,
         "precision_used": next(name for name, dtype in DTYPES.items() if dtype == load.dtype),
     }  # fmt: skip
+    if not cell.bench.counts:
+        return sizes, []
     try:
         with torch.no_grad():
             forward = complexity.count(lambda: load.forward(load.constants))
