@@ -1,11 +1,11 @@
 """Every mechanism's core against its public implementations, or a plain transcription of its paper.
 
-    python benchmarks/mechanisms.py                              # all; an hour
+    python benchmarks/mechanisms.py                              # all; most of an hour
     python benchmarks/mechanisms.py --only performer --tokens 64 256
     python benchmarks/mechanisms.py --table                      # of the records that there are
 
-Eight heads of width 64, fp32, 4,096 tokens a batch (at N = 16,384 one image), normal q, k and v; no projections on
-either side. Rivals are the plug-in mechanisms in `peers/`, measured by `vitcmp bench`: in turn in one worker process,
+Eight heads of width 64 and 4,096 tokens a batch (at N = 16,384 two heads of one image), fp32, normal q, k and v; no
+projections on either side. Rivals are the plug-in mechanisms in `peers/`, measured by `vitcmp bench`: in turn in one worker process,
 each call's peak memory in a process of its own. A ratio is the fastest rival's time over ours, so above 1 we are ahead;
 a rival that ran out of memory or of time has lost that size. The records go to `results/speed`.
 """
@@ -56,15 +56,17 @@ MODES = {"forward": "forward", "train-step": "forward + backward"}
 
 
 def measure(ours: str, tokens: Iterable[int], runtime: RuntimeConfig) -> None:
-    model = replace(resolve_run({"dataset": "fake"}).model, pool="mean", dim=512, num_heads=8)
+    model = replace(resolve_run({"dataset": "fake"}).model, pool="mean")
     rivals = [rival if ":" in rival else str(PEERS / f"{rival}.py") for rival in RIVALS[ours]]
     for count in tokens:
+        heads = 8 if count <= 4096 else 2
         for mode in MODES:
             config = BenchConfig(
-                level="core", mode=mode, tokens=count, batch_size=max(1, 4096 // count), rounds=10, max_seconds=1.0,
-                timeout=60.0, counts=False, errors=False, memory=mode != "forward",
+                level="core", mode=mode, tokens=count, batch_size=max(1, 4096 // count), rounds=10, max_seconds=0.6,
+                timeout=30.0, counts=False, errors=False, memory=mode != "forward",
             )  # fmt: skip
-            bench.run(bench.cells_of([ours, *rivals], model, config), runtime, _tell)
+            sized = replace(model, dim=64 * heads, num_heads=heads)
+            bench.run(bench.cells_of([ours, *rivals], sized, config), runtime, _tell)
 
 
 def _tell(event: dict[str, Any]) -> None:
