@@ -1,10 +1,14 @@
-"""Images a second of a training step: vitcmp as `vitcmp train --dataset cifar10` runs it, against timm's ViT.
+"""Images a second of a training step: vitcmp against timm, Hugging Face and vit-pytorch at equal sizes.
 
-    python benchmarks/train_step.py [--preset vit]
+    python benchmarks/train_step.py [--preset vit] [--like-for-like fp32|bf16] [--compile] [--shares]
 
-vitcmp: its own train_step with its automatic number format, micro-batches and allocator settings, on batches that its
-pipeline augments in the measured time. timm: the model of the same size in a plain fp32 loop, on prepared batches.
-Both do forward, backward, clipping and AdamW. A side is a process, and the sides take turns, a round each.
+Best against best (the default): vitcmp as `vitcmp train --dataset cifar10` runs it, on batches that its pipeline
+augments in the measured time; the peers as they come, a plain fp32 loop with AdamW on prepared batches.
+Like for like: prepared batches for all, and the peers get number format, fused AdamW, allocator settings,
+micro-batches and compiler of vitcmp. `--shares`: vitcmp alone, with one of its settings changed at a time.
+
+All do forward, backward, clipping and AdamW. A side is a process, and the sides take turns, a round each. All have the
+same dim, depth, heads, MLP, patches and classes; SimpleViT has no class token, so one token less.
 """
 
 from __future__ import annotations
@@ -15,10 +19,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import count, cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,27 +30,137 @@ from tabulate import tabulate
 from torch import nn
 
 from vitcmp import machine
-from vitcmp.configs import PRESETS, RunConfig, resolve_run
+from vitcmp.configs import PRESETS, ModelConfig, RunConfig, resolve_run
 from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
 from vitcmp.metrics.inference import micro_batch
 from vitcmp.models.vit import ViT
-from vitcmp.workflows.train import Schedule, make_optimizer, train_step
+from vitcmp.workflows.train import Schedule, keeps_memory, make_optimizer, train_step
 
 CPU = torch.device("cpu")
-SIDES = ("vitcmp", "timm, fused attention", "timm, unfused attention")
 
 
-def make_config(settings: dict[str, Any]) -> RunConfig:
+@dataclass(frozen=True)
+class Side:
+    """What one process runs."""
+
+    model: str
+    precision: str = "fp32"
+    micro_batch: int = 128
+    fused: bool = False
+    """AdamW in one kernel."""
+    keep: bool = False
+    """glibc keeps freed memory."""
+    compiled: bool = False
+    augment: bool = False
+    """The pipeline's work is in the measured time."""
+    impl: str = "auto"
+    """Form of vitcmp's softmax."""
+    pool: str = "cls"
+    """mean: vitcmp without a class token, as SimpleViT."""
+
+    def __str__(self) -> str:
+        facts = [self.precision, f"{self.micro_batch} at a time", "fused AdamW" if self.fused else "plain AdamW"]
+        more = {"memory kept": self.keep, "compiled": self.compiled, "with augmentation": self.augment}
+        return ", ".join(facts + [name for name, holds in more.items() if holds])
+
+
+def timm_vit(m: ModelConfig, fused: bool) -> nn.Module:
+    from timm.layers import set_fused_attn
+    from timm.models.vision_transformer import VisionTransformer
+
+    set_fused_attn(fused)
+    return VisionTransformer(
+        img_size=m.image_hw[0], patch_size=m.patch, embed_dim=m.dim, depth=m.depth, num_heads=m.num_heads,
+        mlp_ratio=m.mlp_dim / m.dim, num_classes=m.num_classes or 10,
+    )  # fmt: skip
+
+
+class HuggingFace(nn.Module):
+    def __init__(self, m: ModelConfig, attention: str) -> None:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        super().__init__()
+        self.vit = ViTForImageClassification(
+            ViTConfig(
+                image_size=m.image_hw[0], patch_size=m.patch, hidden_size=m.dim, num_hidden_layers=m.depth,
+                num_attention_heads=m.num_heads, intermediate_size=m.mlp_dim, num_labels=m.num_classes or 10,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation=attention,
+            )
+        )  # fmt: skip
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.vit(images).logits
+
+
+def vit_pytorch(m: ModelConfig, simple: bool) -> nn.Module:
+    from vit_pytorch import SimpleViT
+    from vit_pytorch import ViT as OtherViT
+
+    cls = SimpleViT if simple else OtherViT
+    return cls(
+        image_size=m.image_hw[0], patch_size=m.patch, num_classes=m.num_classes or 10, dim=m.dim, depth=m.depth,
+        heads=m.num_heads, mlp_dim=m.mlp_dim, dim_head=m.dim // m.num_heads,
+    )  # fmt: skip
+
+
+PEERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "timm, naive": lambda m: timm_vit(m, fused=False),
+    "timm, fused": lambda m: timm_vit(m, fused=True),
+    "Hugging Face, eager": lambda m: HuggingFace(m, "eager"),
+    "Hugging Face, sdpa": lambda m: HuggingFace(m, "sdpa"),
+    "vit-pytorch, ViT": lambda m: vit_pytorch(m, simple=False),
+    "vit-pytorch, SimpleViT": lambda m: vit_pytorch(m, simple=True),
+}
+
+
+def make_config(preset: str, batch_size: int) -> RunConfig:
     """CIFAR-10 if VITCMP_DATA has it, else noise of the same shape."""
     root = Path(os.environ.get("VITCMP_DATA", "nowhere"))
     there = any((root / part / "cifar-10-python.tar.gz").exists() for part in (".", "cifar10", "CIFAR10"))
     there |= any((root / part / "cifar-10-batches-py").exists() for part in (".", "cifar10", "CIFAR10"))
-    return resolve_run({"dataset": "cifar10" if there else "fake", **settings})
+    return resolve_run({"dataset": "cifar10" if there else "fake", "preset": preset, "batch_size": batch_size})
 
 
-def make_pipeline(config: RunConfig, data: Data) -> TrainPipeline:
-    return TrainPipeline(data.train, config.augment, Normalise(data.mean, data.std, config.model.image_hw, CPU), CPU)
+def as_run(config: RunConfig) -> Side:
+    """vitcmp's side with what the workflow chooses by itself."""
+    return with_precision(Side("vitcmp", fused=True), config, machine.precision("auto", CPU))
+
+
+def with_precision(side: Side, config: RunConfig, precision: str) -> Side:
+    """A side in a number format, with what the workflow chooses for that format."""
+    size = micro_batch(ViT(config.model), CPU, config.train.batch_size)
+    keep = keeps_memory(CPU, precision, size < config.train.batch_size)
+    return replace(side, precision=precision, micro_batch=size, keep=keep)
+
+
+def choose_sides(config: RunConfig, like_for_like: str | None, compiled: bool, shares: bool) -> dict[str, Side]:
+    ours, batch_size = as_run(config), config.train.batch_size
+    if like_for_like:
+        ours = replace(with_precision(ours, config, like_for_like), compiled=compiled)
+    if shares:
+        other = {"bf16": "fp32", "fp32": "bf16"}[ours.precision]
+        large = ours.micro_batch == batch_size
+        return {
+            "vitcmp": ours,
+            f"in {other}": with_precision(ours, config, other),
+            "memory given back" if ours.keep else "memory kept": replace(ours, keep=not ours.keep),
+            "in micro-batches of 32" if large else "in whole batches": replace(
+                ours, micro_batch=32 if large else batch_size
+            ),
+            "plain AdamW": replace(ours, fused=False),
+            "explicit scores": replace(ours, impl="merged"),
+            "fused attention": replace(ours, impl="fused"),
+            "compiled": replace(ours, compiled=True),
+        }
+    if like_for_like:
+        sides = {"vitcmp": ours, "vitcmp, no class token": replace(ours, pool="mean")}
+        return sides | {name: replace(ours, model=name) for name in PEERS}
+    ours = replace(ours, augment=True)
+    sides = {"vitcmp": ours}
+    if compiled:
+        sides["vitcmp, compiled"] = replace(ours, compiled=True)
+    return sides | {name: Side(name, micro_batch=batch_size) for name in PEERS}
 
 
 def endless(pipeline: TrainPipeline, batch_size: int) -> Iterator[Batch]:
@@ -55,58 +169,52 @@ def endless(pipeline: TrainPipeline, batch_size: int) -> Iterator[Batch]:
         yield from (batch for batch in pipeline.epoch(batch_size, epoch) if len(batch.labels) == batch_size)
 
 
-def vitcmp_step(config: RunConfig, data: Data) -> tuple[Callable[[], object], str]:
-    """One step as the workflow takes it, and what was chosen for it."""
+def make_step(side: Side, config: RunConfig, data: Data) -> Callable[[], object]:
+    """One step on the next batch: vitcmp's own, or a plain loop around a peer."""
     c = config.train
-    model = ViT(config.model).train()
-    counting: list[Any] = [module for module in model.modules() if hasattr(module, "after_optimizer_step")]
-    size = micro_batch(model, CPU, c.batch_size) if c.micro_batch == "auto" else c.micro_batch
-    precision = machine.precision(c.precision, CPU)
-    kept = size == c.batch_size and machine.keep_freed_memory()
-    optimizer, batches = make_optimizer(model, c, CPU), endless(make_pipeline(config, data), c.batch_size)
+    normalise = Normalise(data.mean, data.std, config.model.image_hw, CPU)
+    batches = endless(TrainPipeline(data.train, config.augment, normalise, CPU), c.batch_size)
+    batches = batches if side.augment else cycle(list(islice(batches, 8)))
+    if side.model == "vitcmp":
+        impl = config.model.attention if side.impl == "auto" else f"softmax:impl={side.impl}"
+        model: nn.Module = ViT(replace(config.model, attention=impl, pool=side.pool))
+    else:
+        model = PEERS[side.model](config.model)
+    model.train()
+    if side.fused:
+        optimizer: torch.optim.Optimizer = make_optimizer(model, c, CPU)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay)
+    if side.compiled:
+        model = torch.compile(model)  # type: ignore[assignment]
     schedule, steps = Schedule(c, len(data.train) // c.batch_size), count()
 
-    def step() -> None:
+    def ours() -> None:
         schedule.set_lr(optimizer, next(steps))
-        train_step(model, next(batches), optimizer, c, size, precision)
-        for module in counting:
-            module.after_optimizer_step()
+        train_step(model, next(batches), optimizer, c, side.micro_batch, side.precision)
 
-    chosen = [precision, f"micro-batches of {size}" if size < c.batch_size else "whole batch"]
-    return step, ", ".join(chosen + ["freed memory kept"] * kept)
-
-
-def timm_step(config: RunConfig, data: Data, fused: bool) -> tuple[Callable[[], object], str]:
-    """One step of a plain loop around timm's model."""
-    from timm.layers import set_fused_attn
-    from timm.models.vision_transformer import VisionTransformer
-
-    set_fused_attn(fused)
-    m, c = config.model, config.train
-    model = VisionTransformer(
-        img_size=m.image_hw[0], patch_size=m.patch, embed_dim=m.dim, depth=m.depth, num_heads=m.num_heads,
-        mlp_ratio=m.mlp_dim / m.dim, num_classes=m.num_classes or 10,
-    ).train()  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.lr, weight_decay=c.weight_decay)
-    prepared = cycle(list(islice(endless(make_pipeline(config, data), c.batch_size), 8)))
-
-    def step() -> None:
-        batch = next(prepared)
+    def plain() -> None:
+        batch = next(batches)
         optimizer.zero_grad()
-        F.cross_entropy(model(batch.images), batch.labels, label_smoothing=c.label_smoothing).backward()
+        parts = zip(batch.images.split(side.micro_batch), batch.labels.split(side.micro_batch), strict=True)
+        for images, labels in parts:
+            with torch.autocast("cpu", torch.bfloat16, enabled=side.precision == "bf16"):
+                loss = F.cross_entropy(model(images), labels, label_smoothing=c.label_smoothing)
+            (loss * (len(labels) / c.batch_size)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
 
-    return step, f"fp32, whole batch, {sum(p.numel() for p in model.parameters()):,} parameters"
+    return ours if side.model == "vitcmp" else plain
 
 
-def work(side: str, settings: dict[str, Any], threads: int, pipe: Connection) -> None:
+def work(side: Side, settings: tuple[str, int], threads: int, pipe: Connection) -> None:
     """Answer each number of steps with the seconds that they took."""
     torch.set_num_threads(threads)
-    config = make_config(settings)
-    data = load_data(config.data)
-    step, chosen = vitcmp_step(config, data) if side == "vitcmp" else timm_step(config, data, "unfused" not in side)
-    pipe.send(chosen)
+    if side.keep:
+        machine.keep_freed_memory()
+    config = make_config(*settings)
+    step = make_step(side, config, load_data(config.data))
+    pipe.send(None)
     while steps := pipe.recv():
         start = time.perf_counter()
         for _ in range(steps):
@@ -114,28 +222,35 @@ def work(side: str, settings: dict[str, Any], threads: int, pipe: Connection) ->
         pipe.send(time.perf_counter() - start)
 
 
-def measure(settings: dict[str, Any], rounds: int, steps: int, threads: int) -> tuple[list[list[float]], list[str]]:
-    """Images a second, a list a side with a value a round, and what each side chose."""
+def measure(
+    sides: dict[str, Side], settings: tuple[str, int], rounds: int, steps: int, threads: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Images a second of each side and round, and the seconds of its first step (a compiled side compiles in it)."""
     context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for side in SIDES:
-        ours, theirs = context.Pipe()
+    pipes, processes = {}, []
+    for name, side in sides.items():
+        pipes[name], theirs = context.Pipe()
         processes.append(context.Process(target=work, args=(side, settings, threads, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
-        pipes.append(ours)
-    chosen = [pipe.recv() for pipe in pipes]
-    rates: list[list[float]] = [[] for _ in SIDES]
-    for round_number in range(rounds + 1):
-        for pipe, side_rates in zip(pipes, rates, strict=True):
-            pipe.send(steps)
-            rate = steps * settings["batch_size"] / pipe.recv()
-            if round_number:  # the first round warms up
-                side_rates.append(rate)
-    for pipe, process in zip(pipes, processes, strict=True):
+
+    def run(name: str, number: int) -> float:
+        pipes[name].send(number)
+        return pipes[name].recv()
+
+    for pipe in pipes.values():
+        pipe.recv()
+    first = {name: run(name, 1) for name in sides}
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(rounds):
+        for name, values in rates.items():
+            values.append(steps * settings[1] / run(name, steps))
+        print(f"round {round_number + 1}:", ", ".join(f"{v[-1]:,.0f}" for v in rates.values()), flush=True)
+    for pipe in pipes.values():
         pipe.send(0)
+    for process in processes:
         process.join()
-    return rates, chosen
+    return rates, first
 
 
 def quartiles(values: list[float]) -> str:
@@ -149,31 +264,58 @@ def machine_line(threads: int) -> str:
     return f"{facts['cpu']}, {facts['cores']} cores, {threads} threads, {native}, torch {torch.__version__}"
 
 
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over the rounds: what slows the machine slows both sides of a round."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def what_compiling_costs(rates: dict[str, list[float]], first: dict[str, float], images: int) -> str:
+    eager, compiled = "vitcmp", "vitcmp, compiled"
+    extra = first[compiled] - first[eager]
+    saved = images / statistics.median(rates[eager]) - images / statistics.median(rates[compiled])
+    epochs = f"it pays from {extra / saved:.1f} epochs on" if saved > 0 else "it does not pay"
+    return f"compiling took {extra:.1f} s more in the first step and saves {saved:.1f} s an epoch: {epochs}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Images a second of a training step, vitcmp against timm.")
+    parser = argparse.ArgumentParser(description="Images a second of a training step, vitcmp against its peers.")
     parser.add_argument("--preset", default="vit-48x4", choices=[n for n in PRESETS if "224" not in n and n[-1] != "x"])
+    parser.add_argument("--like-for-like", choices=["fp32", "bf16"], help="the peers get vitcmp's settings")
+    parser.add_argument("--compile", action="store_true", help="like for like, all compiled; else vitcmp compiled too")
+    parser.add_argument("--shares", action="store_true", help="vitcmp alone, one setting changed at a time")
+    parser.add_argument("--sides", nargs="+", metavar="TEXT", help="vitcmp, and sides whose names contain one of these")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of vitcmp's side")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, help="steps a round (default: 4, from 200 tokens on 1)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
 
-    settings = {"preset": args.preset, "batch_size": args.batch_size, "precision": args.precision}
-    config = make_config(settings)
+    settings = (args.preset, args.batch_size)
+    config = make_config(*settings)
     tokens = (config.model.image_hw[0] // config.model.patch) ** 2 + 1
     steps = args.steps or (4 if tokens < 200 else 1)
-    rates, chosen = measure(settings, args.rounds, steps, args.threads)
+    sides = choose_sides(config, args.like_for_like, args.compile, args.shares)
+    if args.sides:
+        sides = {n: s for n, s in sides.items() if n == "vitcmp" or any(text in n for text in args.sides)}
 
     print(machine_line(args.threads))
-    print(f"{args.preset}, {tokens} tokens, {config.data.dataset}, batch {args.batch_size}, "
+    kind = "shares" if args.shares else f"all {args.like_for_like}" if args.like_for_like else "best against best"
+    print(f"{args.preset}, {tokens} tokens, {config.data.dataset}, batch {args.batch_size}, {kind}; images a second, "
           f"median (quartiles) of {args.rounds} rounds of {steps} steps, in turn")  # fmt: skip
-    ours = statistics.median(rates[0])
+    print(", ".join(sides), flush=True)
+    rates, first = measure(sides, settings, args.rounds, steps, args.threads)
     rows = [
-        [side, quartiles(values), f"{ours / statistics.median(values):.2f}", how]
-        for side, values, how in zip(SIDES, rates, chosen, strict=True)
+        [name, quartiles(values), f"{ratio(rates['vitcmp'], values):.2f}", str(sides[name])]
+        for name, values in rates.items()
     ]
     print(tabulate(rows, ["", "images/s", "vitcmp is times", "settings"], disable_numparse=True))
+    peers = [name for name in rates if name in PEERS]
+    if peers:
+        best = max(peers, key=lambda name: statistics.median(rates[name]))
+        for name in [n for n in rates if n not in PEERS]:
+            print(f"{name} is {ratio(rates[name], rates[best]):.2f} times the best peer ({best})")
+    if "vitcmp, compiled" in rates:
+        print(what_compiling_costs(rates, first, len(load_data(config.data).train)))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,31 @@ def test_help_imports_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+FIRST_STEP = """
+import os, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from vitcmp.cli import main
+
+def tell(*_):
+    print(" ".join(sys.modules), flush=True)
+    os._exit(0)
+
+register_optimizer_step_post_hook(tell)
+sys.argv[1:] = ["--quiet", "train"]
+main()
+"""
+
+
+def test_a_first_step_imports_nothing_heavy(tmp_path: Path):
+    """What would delay training: torch's compiler alone takes a second."""
+    done = subprocess.run([sys.executable, "-c", FIRST_STEP], cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"torch", "vitcmp.workflows.train"} <= loaded
+    heavy = ("torch._dynamo", "torch._inductor", "sympy", "matplotlib", "torchvision", "numba", "entmax", "ptflops",
+             "accelerate", "transformers", "timm", "tensorboard")  # fmt: skip
+    assert not loaded & set(heavy)
+
+
 def test_bare_train_says_what_it_trains_on_and_records_it(folder: Path, run: str):
     (record,) = store.read(folder / "results")
     assert (record.id, record.status, record.config["dataset"], record.config["name"]) == (run, "ok", "digits", "first")

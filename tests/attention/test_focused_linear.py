@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import AttentionError, TokenGrid, attention_map
-from vitcmp.attention.focused_linear import FocusedLinearAttention
+from vitcmp.attention.focused_linear import Focused, FocusedLinearAttention
 from vitcmp.models.vit import build_model, resized
 
 
@@ -70,11 +70,11 @@ def test_without_sharpening_it_is_relu_linear_attention() -> None:
 
 
 def test_focusing_keeps_the_norm_and_turns_to_the_largest_feature() -> None:
-    x = torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64)
-    assert FocusedLinearAttention(1)._focused(x) == pytest.approx([3, 4, 0], abs=1e-5)
+    x = torch.tensor([3.0, 4.0, -1.0], dtype=torch.float64)
+    assert Focused(1)(x, slice(1)) == pytest.approx([3, 4, 0], abs=1e-5)
     cubes = torch.tensor([27.0, 64.0, 0.0], dtype=torch.float64)
-    assert FocusedLinearAttention(3)._focused(x) == pytest.approx((5 * cubes / cubes.norm()).tolist(), abs=1e-5)
-    assert FocusedLinearAttention(50)._focused(x) == pytest.approx([0, 5, 0], abs=1e-4)
+    assert Focused(3)(x, slice(1)) == pytest.approx((5 * cubes / cubes.norm()).tolist(), abs=1e-5)
+    assert Focused(50)(x, slice(1)) == pytest.approx([0, 5, 0], abs=1e-4)
 
 
 @pytest.mark.parametrize("power", [1, 3, 8, 50])

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitcmp import attention, build_model
 from vitcmp.attention import AttentionError, DegenerateWarning, LayerConfig, TokenGrid, attention_map
+from vitcmp.attention._windows import WindowedPatches
 from vitcmp.models.vit import resized
 
 
@@ -84,6 +85,47 @@ def test_local_with_one_window_over_the_grid_is_softmax() -> None:
         core = attention.load("local:window_size=7").build(make_layer(grid)).core
     q, k, v = make_qkv(grid.num_tokens)
     assert relative(core(q, k, v), softmax_twin(nn.Identity(), q, k, v)) < 1e-12
+
+
+def in_tiles(core: Any) -> Any:
+    """The core as it computes where the CPU's products of pairs are not at hand."""
+    for module in core.modules():
+        if isinstance(module, WindowedPatches):
+            module.link_keys = None
+    return core
+
+
+@every_grid
+@pytest.mark.parametrize("name", ["local", "dilated", "hybrid"])
+def test_pairs_and_tiles_agree(name: str, grid: TokenGrid) -> None:
+    leaves = [x.requires_grad_() for x in make_qkv(grid.num_tokens)]
+    results = []
+    for form in (lambda core: core, in_tiles):
+        y = form(make_block(name, make_layer(grid)).core.double())(*leaves)
+        upstream = torch.arange(y.numel(), dtype=torch.float64).view_as(y) % 7
+        results.append((y, *torch.autograd.grad(y, leaves, upstream)))
+    for found, wanted in zip(*results, strict=True):
+        assert relative(found, wanted) < 1e-12
+
+
+def test_products_of_pairs_can_be_differentiated_again() -> None:
+    core = make_block("local:window_size=2", make_layer(TokenGrid(2, 3, 1))).core
+    q, k, v = (x[:1, :1].requires_grad_() for x in make_qkv(7, width=2))
+    assert torch.autograd.gradcheck(core, (q, k, v))
+    assert torch.autograd.gradgradcheck(core, (q, k, v))
+
+
+def test_products_of_pairs_do_not_depend_on_the_threads() -> None:
+    core = make_block("local", make_layer(TokenGrid(16, 16))).core
+    q, k, v = make_qkv(256, dtype=torch.float32)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            found.append(core(q, k, v))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 # What all mechanisms with windows share.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
+from vitcmp.attention._feature_maps import FeatureMap, Products
 from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, wide
 
 PAPER = "https://arxiv.org/abs/2202.08791"
@@ -44,13 +45,8 @@ class CosformerAttention(nn.Module):
         self.grid, self.positions, self.eps = grid, positions, eps
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            waves = self._waves(wide(q)).unsqueeze(-1)  # [N, T, 1]
-            # Features of T K, T = 2 or 4: each wave times relu(x).
-            q, k = ((wide(x).relu().unsqueeze(-2) * waves).flatten(-2) for x in (q, k))
-            total = (q * k.sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True)  # [B, H, N, 1]
-            summed = k.transpose(-2, -1) @ wide(v)  # [B, H, T K, K]
-            return (q @ summed / total.clamp(min=self.eps)).to(v.dtype)
+        phi = WavesOfRelu(self._waves(wide(q)).unsqueeze(-1))
+        return Products(phi, phi, num_features=phi.waves.shape[1] * q.shape[-1], least=self.eps)(q, k, v)
 
     def _waves(self, like: Tensor) -> Tensor:
         """The cosine and sine of each token's place, [N, 2]; on the grid, their products by row and column, [N, 4]."""
@@ -65,6 +61,20 @@ class CosformerAttention(nn.Module):
         patches = _cos_sin(down, height)[:, None, :, None] * _cos_sin(across, width)[:, None]  # [height, width, 2, 2]
         middle = _cos_sin(down.mean(), height)[:, None] * _cos_sin(across.mean(), width)  # [2, 2]
         return torch.cat([middle.expand(self.grid.num_prefix_tokens, 2, 2), patches.flatten(0, 1)]).flatten(-2)
+
+
+class WavesOfRelu(FeatureMap):
+    """T K features: each of T waves, [N, T, 1] over all tokens, times relu(x)."""
+
+    def __init__(self, waves: Tensor) -> None:
+        self.waves = waves
+
+    def __call__(self, x: Tensor, tokens: slice) -> Tensor:
+        return (x.relu().unsqueeze(-2) * self.waves[tokens]).flatten(-2)
+
+    def gradient(self, x: Tensor, features: Tensor, upstream: Tensor, tokens: slice) -> Tensor:
+        waves = self.waves[tokens]
+        return upstream.unflatten(-1, (waves.shape[1], -1)).mul_(waves).sum(dim=-2).mul_(x > 0)
 
 
 def _cos_sin(place: Tensor, length: int) -> Tensor:

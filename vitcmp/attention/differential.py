@@ -6,7 +6,8 @@
 (Ye et al., 2025, equations 1 to 3). The halves of each head's q and k make its two maps; its v keeps the full width, so
 a head here is one of the paper's heads of d = K/2, and has the multiply-adds of a softmax head. The heads of a layer
 share lambda and the weight of the norm; `index` counts layers from 0. Rows of A sum to 1 - lambda, and entries may be
-negative. With attention dropout each map drops weights of its own.
+negative. With attention dropout each map drops weights of its own. No map exists as a whole: on CUDA each is a call of
+torch's fused attention; elsewhere both are computed a block of queries at a time, and meet the values once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
+from vitcmp.attention._blockwise import attend
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
 
 PAPER = "https://arxiv.org/abs/2410.05258"
@@ -49,13 +51,14 @@ class DifferentialAttention(nn.Module):
             vector.data.copy_(0.1 * torch.randn(vector.shape, generator=generator))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = (x.unflatten(-1, (2, -1)).transpose(2, 3) for x in (q, k))  # [B, H, 2, N, K/2]
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # [B, H, 2, N, N]
-        with torch.autocast(q.device.type, enabled=False):
-            maps = F.dropout(wide(scores).softmax(dim=-1), self.dropout, self.training)
-            first, second = maps.unbind(dim=2)
-            weights = first - self._lambda() * second
-        return weights.to(v.dtype) @ v
+        dropout = self.dropout if self.training else 0.0
+        if not q.is_cuda:
+            return attend(q, k, v, share=self._lambda(), dropout=dropout)
+        first, second = (
+            wide(F.scaled_dot_product_attention(qm, km, v, dropout_p=dropout))
+            for qm, km in zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
+        )
+        return (first - self._lambda() * second).to(v.dtype)
 
     def _lambda(self) -> Tensor:
         q1, k1, q2, k2 = map(wide, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))

@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
 from vitcmp.attention._convolution import AddConvolvedValues, GridConvolution
-from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+from vitcmp.attention._feature_maps import FeatureMap, Products
+from vitcmp.attention._multihead import LayerConfig, MultiHead
 
 PAPER = "https://arxiv.org/abs/2308.00442"
 COST = "O(N K^2)"
@@ -45,23 +45,42 @@ class FocusedLinearAttention(nn.Module):
         self.focusing_factor = focusing_factor
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            q, k = wide(q).relu() + 1e-6, wide(k).relu() + 1e-6
-            # The norm of a query cancels in the quotient, so q^p serves as phi(q).
-            q, k = self._power(q), self._focused(k)
-            total = (q * k.sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True)  # [B, H, N, 1]
-            summed = k.transpose(-2, -1) @ wide(v)  # [B, H, K, K]
-            # Above p = 4, every product of a query's and a key's features can underflow: then the row is zero.
-            return (q @ summed / total.clamp(min=1e-30)).to(v.dtype)
+        # The norm of a query cancels in the quotient, so its powers serve as phi(q).
+        phi, psi = Power(self.focusing_factor), Focused(self.focusing_factor)
+        # Above p = 4, every product of a query's and a key's features can underflow: then the row is zero.
+        return Products(phi, psi, num_features=q.shape[-1], least=1e-30)(q, k, v)
 
-    def _focused(self, x: Tensor) -> Tensor:
-        """f_p of each row."""
-        power = self._power(x)
-        return power * (x.norm(dim=-1, keepdim=True) / power.norm(dim=-1, keepdim=True))
 
-    def _power(self, x: Tensor) -> Tensor:
-        """x^p of each row, divided by a number of its own: x^p itself would overflow, and f_p cancels the number."""
-        return (x / x.amax(dim=-1, keepdim=True).detach()) ** self.focusing_factor
+class Power(FeatureMap):
+    """y^p for y = relu(x) + 1e-6, divided by a number for each row: y^p itself would overflow."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, x: Tensor, tokens: slice) -> Tensor:
+        return self._power(x.relu() + 1e-6)
+
+    def _power(self, y: Tensor) -> Tensor:
+        return (y / y.amax(dim=-1, keepdim=True).detach()) ** self.p
+
+    def gradient(self, x: Tensor, features: Tensor, upstream: Tensor, tokens: slice) -> Tensor:
+        return upstream.mul_(features).mul_(self.p).div_(x.relu().add_(1e-6)).mul_(x > 0)
+
+
+class Focused(Power):
+    """f_p(y), which cancels that number."""
+
+    def __call__(self, x: Tensor, tokens: slice) -> Tensor:
+        y = x.relu() + 1e-6
+        power = self._power(y)
+        return power * (y.norm(dim=-1, keepdim=True) / power.norm(dim=-1, keepdim=True))
+
+    def gradient(self, x: Tensor, features: Tensor, upstream: Tensor, tokens: slice) -> Tensor:
+        # With f = f_p(y), |f| = |y| and g upstream: dy = p f / y (g - f (g.f) / |f|^2) + y (g.f) / |y|^2.
+        y = x.relu().add_(1e-6)
+        share = (upstream * features).sum(dim=-1, keepdim=True) / y.square().sum(dim=-1, keepdim=True)
+        turned = upstream.addcmul_(features, share, value=-1).mul_(features).mul_(self.p).div_(y)
+        return turned.addcmul_(y, share).mul_(x > 0)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

@@ -25,7 +25,7 @@ from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
 from vitcmp.attention._windows import (
     WindowedPatches,
     check_window,
-    num_scores,
+    num_pairs,
     prefix_scores,
     window_side,
     with_prefix,
@@ -73,7 +73,7 @@ class HybridAttention(nn.Module):
         queries = q[:, :, self.grid.num_prefix_tokens :]
         answers = [branch(q, k, v) for branch in self.windows]
         if self.linear is not None:
-            answers.append(self.linear(queries, k, v))
+            answers.append(self.linear(q, k, v)[:, :, self.grid.num_prefix_tokens :])
         shares = self.shares(queries)
         mixed = shares[0] * answers[0]
         for share, answer in zip(shares[1:], answers[1:], strict=True):
@@ -122,8 +122,8 @@ def build(layer: LayerConfig, config: Config) -> nn.Module:
 def macs(layer: LayerConfig, config: Config) -> int:
     grid, window = layer.grid, window_side(config.window_size, layer.grid)
     patches, dilations = grid.height * grid.width, branch_dilations(grid, config)
-    scores = prefix_scores(grid) + sum(num_scores(grid, *phases(grid, d, window)) for d in dilations)
-    linear = (grid.num_tokens + patches) * layer.head_dim if config.linear else 0
+    scores = prefix_scores(grid) + sum(num_pairs(grid, *phases(grid, d, window)) for d in dilations)
+    linear = 2 * grid.num_tokens * layer.head_dim if config.linear else 0
     branches = len(dilations) + config.linear
     gate = patches * branches if config.gate and branches > 1 else 0
     return layer.dim * (2 * scores + linear + gate)

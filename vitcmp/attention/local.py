@@ -7,8 +7,9 @@ patches (Hassani et al., 2023, section 3.1; zero padding there, as in Ramachandr
 On a side shorter than w it is the whole side. Prefix tokens attend to all tokens. Here is no relative position bias,
 which those papers add: the model's position embedding stands for it, as under every other mechanism.
 
-Computed in tiles, as HaloNet does (Vaswani et al., 2021): t x t queries share the (t + w - 1)^2 keys that any of them
-needs, and a mask leaves each its own. t is about w / 2: smaller tiles copy the keys more often, larger ones mask more.
+On the CPU each query is multiplied with its own keys alone. Elsewhere it goes in tiles, as HaloNet does (Vaswani et
+al., 2021): t x t queries share the (t + w - 1)^2 keys that any of them needs, and a mask leaves each its own. t is
+about w / 2: smaller tiles copy the keys more often, larger ones mask more.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vitcmp.attention._windows import (
     WindowedPatches,
     check_window,
     even_length,
-    num_scores,
+    num_pairs,
     partition,
     prefix_scores,
     spans,
@@ -82,4 +83,4 @@ def build(layer: LayerConfig, config: Config) -> nn.Module:
 
 def macs(layer: LayerConfig, config: Config) -> int:
     tiles = neighbourhoods(layer.grid, window_side(config.window_size, layer.grid))
-    return 2 * layer.dim * (num_scores(layer.grid, *tiles) + prefix_scores(layer.grid))
+    return 2 * layer.dim * (num_pairs(layer.grid, *tiles) + prefix_scores(layer.grid))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
+from vitcmp.attention._feature_maps import FeatureMap, Products
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
 
 PAPER = "https://arxiv.org/abs/2009.14794"
@@ -86,23 +88,59 @@ class PerformerAttention(nn.Module):
         num_features, head_dim = self.projection.shape
         self.projection.copy_(orthogonal_rows(num_features, head_dim, self.norms, generator))
 
-    def _features(self, x: Tensor, max_over: tuple[int, ...]) -> Tensor:
-        """phi of q or k, [B, H, N, m], in fp32 at least."""
-        x = wide(x) * x.shape[-1] ** -0.25
-        projected = x @ self.projection.to(x.dtype).T
+    def feature_maps(self, dtype: torch.dtype) -> tuple[FeatureMap, FeatureMap]:
+        """sqrt(m) phi of queries and of keys, in a number format. The factor cancels in the quotient."""
+        w = self.projection.to(dtype).T * self.projection.shape[1] ** -0.25
         if self.kernel == "relu":
-            features = projected.relu() + self.eps
-        else:
-            exponent = projected - x.square().sum(dim=-1, keepdim=True) / 2
-            features = (exponent - exponent.amax(dim=max_over, keepdim=True).detach()).exp() + self.eps
-        return features / math.sqrt(features.shape[-1])
+            return ReluFeatures(w, self.eps), ReluFeatures(w, self.eps)
+        return QueryFeatures(w, self.eps), KeyFeatures(w, self.eps)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            q, k = self._features(q, max_over=(-1,)), self._features(k, max_over=(-2, -1))
-            total = (q * k.sum(dim=-2, keepdim=True)).sum(dim=-1, keepdim=True)  # [B, H, N, 1]
-            summed = k.transpose(-2, -1) @ wide(v)  # [B, H, m, K]
-            return (q @ summed / total).to(v.dtype)
+        phi, psi = self.feature_maps(wide(q[:0]).dtype)
+        return Products(phi, psi, num_features=len(self.projection))(q, k, v)
+
+
+class ReluFeatures(FeatureMap):
+    """relu(x w) + eps, for w of [K, m] that has the factor of x' in it."""
+
+    def __init__(self, w: Tensor, eps: float) -> None:
+        self.w, self.eps = w, eps
+
+    def __call__(self, x: Tensor, tokens: slice) -> Tensor:
+        return (x @ self.w).relu() + self.eps
+
+    def gradient(self, x: Tensor, features: Tensor, upstream: Tensor, tokens: slice) -> Tensor:
+        return upstream.mul_(features > self.eps) @ self.w.T
+
+
+class KeyFeatures(ReluFeatures):
+    """exp(x w - |x'|^2 / 2 - c) + eps, c the maximum over features and tokens."""
+
+    def __call__(self, x: Tensor, tokens: slice) -> Tensor:
+        return (x @ self.w).sub_(x.square().sum(dim=-1, keepdim=True) * (x.shape[-1] ** -0.5 / 2))
+
+    def together(self, parts: Iterable[Tensor]) -> Iterable[Tensor]:
+        exponents = list(parts)
+        maxima = [x.amax(dim=(-2, -1), keepdim=True).detach() for x in exponents]
+        c = torch.stack(maxima).amax(dim=0)
+        return [self._raised(x.sub_(c)) for x in exponents]
+
+    def _raised(self, exponent: Tensor) -> Tensor:
+        raised = exponent.exp_()
+        # Its gradient needs what exp gave.
+        return raised + self.eps if raised.requires_grad else raised.add_(self.eps)
+
+    def gradient(self, x: Tensor, features: Tensor, upstream: Tensor, tokens: slice) -> Tensor:
+        upstream.mul_(features - self.eps)
+        return (upstream @ self.w.T).addcmul_(x, upstream.sum(dim=-1, keepdim=True), value=-(x.shape[-1] ** -0.5))
+
+
+class QueryFeatures(KeyFeatures):
+    """The same, c each query's own maximum over the features."""
+
+    def __call__(self, x: Tensor, tokens: slice) -> Tensor:
+        exponent = super().__call__(x, tokens)
+        return self._raised(exponent.sub_(exponent.amax(dim=-1, keepdim=True).detach()))
 
 
 def _read_steps(core: PerformerAttention, _: object) -> None:

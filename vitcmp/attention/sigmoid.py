@@ -4,7 +4,7 @@
 
 The bias makes a row sum to about 1 where scores are near 0, as softmax would; rows are free to sum to more or less
 (Ramapuram et al., 2025, section 2). The norms of queries and keys and the LayerScale with which the paper steadies some
-of its models are no part of the mechanism here.
+of its models are no part of the mechanism here. Computed a block of queries at a time, so without an N x N matrix.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
-from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+from vitcmp.attention._blockwise import attend
+from vitcmp.attention._multihead import LayerConfig, MultiHead
 
 PAPER = "https://arxiv.org/abs/2409.04431"
 COST = "O(N^2 K)"
@@ -38,10 +37,7 @@ class SigmoidAttention(nn.Module):
         self.bias, self.dropout = bias, dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # [B, H, N, N]
-        with torch.autocast(q.device.type, enabled=False):
-            weights = (wide(scores) + self.bias).sigmoid()
-        return F.dropout(weights.to(v.dtype), self.dropout, self.training) @ v
+        return attend(q, k, v, bias=self.bias, dropout=self.dropout if self.training else 0.0)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

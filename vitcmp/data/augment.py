@@ -6,7 +6,7 @@ Every random choice comes from a generator on the CPU, so that the same seed giv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,16 +41,16 @@ class Normalise:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, any, any] to [B, C, height, width]."""
-        x = images.float() if images.dtype == torch.uint8 else images
-        if x.shape[-2:] != self.image_hw:
-            x = F.interpolate(x, self.image_hw, mode="bilinear", antialias=True, align_corners=False)
-        return torch.addcmul(-self.shift, x, self.scale)
+        if images.shape[-2:] != self.image_hw:
+            images = F.interpolate(images.float(), self.image_hw, mode="bilinear", antialias=True, align_corners=False)
+        # Two passes over memory, and yet faster on the CPU than addcmul, which broadcasts slowly.
+        return (images * self.scale).sub_(self.shift)
 
 
 class TrainPipeline:
-    """Random crops and flips by one gather, then the stronger changes, then normalisation.
+    """Random crops and flips of many images at once, then the stronger changes, then normalisation.
 
-    `padded` stays on the device: the whole training set with a border of zeros, uint8, [N, C, pixels].
+    `padded` stays on the device: the whole training set with a border of zeros, uint8, [N, C, height, width].
     """
 
     def __init__(self, split: Split, config: AugmentConfig, normalise: Normalise, device: torch.device) -> None:
@@ -59,9 +59,9 @@ class TrainPipeline:
         self.config, self.normalise, self.device = config, normalise, device
         self.padding = config.crop_padding
         self.height, self.width = split.images.shape[-2:]
-        border = (self.padding,) * 4
-        self.padded = F.pad(split.images, border).flatten(2).to(device)
+        self.padded = F.pad(split.images, (self.padding,) * 4).contiguous().to(device)
         self.labels = split.labels.to(device)
+        self.windows = self._windows() if device.type == "cpu" else None
 
     def epoch(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """All images once in a random order that depends on `seed` alone; the last batch may be smaller."""
@@ -90,142 +90,154 @@ class TrainPipeline:
         if use_cutmix:
             share = cutmix(images, partner, share, generator)
         else:
-            images = images.lerp(images[partner], 1 - share)
+            images = images.lerp(images.index_select(0, partner), 1 - share)
         return Batch(images, labels, labels[partner], torch.full((size,), share, device=self.device))
 
+    def _windows(self) -> Tensor:
+        """[*, C, height, width], a view: the window that begins at each byte of `padded`, most of them no crops."""
+        _, channels, padded_h, padded_w = self.padded.shape
+        last = ((channels - 1) * padded_h + self.height - 1) * padded_w + self.width - 1
+        shape = (max(self.padded.numel() - last, 0), channels, self.height, self.width)
+        return self.padded.as_strided(shape, (1, padded_h * padded_w, padded_w, 1))
+
     def _crop_and_flip(self, index: Tensor, generator: Generator) -> Tensor:
-        """uint8 [B, C, height, width]: one gather does both."""
-        size, h, w, padded_w = len(index), self.height, self.width, self.width + 2 * self.padding
-        if not self.padding and not self.config.flip:
-            return self.padded[index.to(self.device)].unflatten(2, (h, w))
-        top, left = torch.randint(0, 2 * self.padding + 1, (2, size, 1), generator=generator)
-        rows = top + torch.arange(h)  # [B, height]
-        columns = torch.arange(w).expand(size, w)
-        if self.config.flip:
-            flipped = torch.rand(size, 1, generator=generator) < 0.5
-            columns = torch.where(flipped, w - 1 - columns, columns)
-        pixels = rows.unsqueeze(2) * padded_w + (left + columns).unsqueeze(1)  # [B, height, width]
-        pixels = pixels.view(size, 1, h * w).expand(-1, self.padded.shape[1], -1).to(self.device)
-        return self.padded[index.to(self.device)].gather(2, pixels).unflatten(2, (h, w))
+        """uint8 [B, C, height, width]."""
+        size, (_, channels, padded_h, padded_w) = len(index), self.padded.shape
+        top, left = torch.randint(0, 2 * self.padding + 1, (2, size), generator=generator)
+        flipped = torch.rand(size, generator=generator) < (0.5 if self.config.flip else 0)
+        if self.windows is not None:
+            # On the CPU this copies whole rows of pixels, where an index for each pixel would copy bytes.
+            images = self.windows.index_select(0, (index * channels * padded_h + top) * padded_w + left)
+            if not self.config.flip:
+                return images
+            return torch.cat([images, images.flip(-1)]).index_select(0, torch.arange(size) + size * flipped)
+        columns = torch.arange(self.width).expand(size, -1)
+        columns = left.view(-1, 1) + torch.where(flipped.view(-1, 1), self.width - 1 - columns, columns)
+        rows = top.view(-1, 1) + torch.arange(self.height)
+        places = (index.view(-1, 1, 1, 1), torch.arange(channels).view(-1, 1, 1), rows[:, None, :, None])
+        return self.padded[tuple(place.to(self.device) for place in (*places, columns[:, None, None, :]))]
 
 
 def random_operation(images: Tensor, strength: float, generator: Generator) -> Tensor:
     """One operation of RandAugment's list for each image (Cubuk et al., 2020); float images in 0..255, [B, C, h, w].
 
-    Each image draws its operation; those that drew the same one are changed together. Signs are random. Equalize is
-    left out: it has no batched form.
+    Each image draws its operation and its sign, where the operation has one. Equalize is left out: it has no batched
+    form.
     """
     choices = torch.randint(0, len(OPERATIONS), (len(images),), generator=generator)
     signs = torch.randint(0, 2, (len(images),), generator=generator) * 2 - 1
-    result = images.clone()
-    for number, operation in enumerate(OPERATIONS):
-        chosen = (choices == number).nonzero().squeeze(1)
-        if len(chosen):
-            sign = signs[chosen].float().to(images.device).view(-1, 1, 1, 1)
-            chosen = chosen.to(images.device)
-            result[chosen] = operation(images[chosen], strength, sign).clamp(0, 255)
-    return result
+    return operate(images, choices, signs, strength)
 
 
-def _blend(images: Tensor, other: Tensor, strength: float, sign: Tensor) -> Tensor:
+def operate(images: Tensor, choices: Tensor, signs: Tensor, strength: float) -> Tensor:
+    """Each image after the operation of this number in OPERATIONS, by `strength` (0 to 1) times its sign (1 or -1)."""
+    # Those with the same operation are moved together, so that each operation changes one slice in place.
+    choices, order = choices.sort(stable=True)
+    amounts = strength * signs[order].float()
+    images = images.index_select(0, order.to(images.device))
+    counts = choices.bincount(minlength=len(OPERATIONS)).tolist()
+    first = 0
+    for change, count in zip(CHANGES, counts):
+        if count:
+            part = slice(first, first + count)
+            change(images[part], strength, amounts[part].view(-1, 1, 1, 1).to(images.device))
+        first += count
+    if first < len(images):
+        images[first:] = _move(images[first:], choices[first:] - len(CHANGES), amounts[first:])
+    return images.clamp_(0, 255).index_select(0, order.argsort().to(images.device))
+
+
+def _identity(images: Tensor, strength: float, amount: Tensor) -> None:
+    pass
+
+
+def _blend(images: Tensor, other: Tensor, amount: Tensor) -> None:
     """Towards `other`, or away from it, by up to 90 %."""
-    return other + (images - other) * (1 + 0.9 * strength * sign)
+    factor = 1 + 0.9 * amount
+    images.mul_(factor).add_(other * (1 - factor))
 
 
 def _grey(images: Tensor) -> Tensor:
+    """[B, C, ...] to [B, 1, ...]."""
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
     weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True)
 
 
-def _brightness(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return _blend(images, torch.zeros_like(images), strength, sign)
+def _brightness(images: Tensor, strength: float, amount: Tensor) -> None:
+    images.mul_(1 + 0.9 * amount)
 
 
-def _contrast(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return _blend(images, _grey(images).mean(dim=(-2, -1), keepdim=True), strength, sign)
+def _contrast(images: Tensor, strength: float, amount: Tensor) -> None:
+    _blend(images, _grey(images.mean(dim=(-2, -1), keepdim=True)), amount)
 
 
-def _colour(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return _blend(images, _grey(images), strength, sign)
+def _colour(images: Tensor, strength: float, amount: Tensor) -> None:
+    _blend(images, _grey(images), amount)
 
 
-def _sharpness(images: Tensor, strength: float, sign: Tensor) -> Tensor:
+def _sharpness(images: Tensor, strength: float, amount: Tensor) -> None:
+    # The sum of 3 x 3 pixels by rows, then by columns: faster on the CPU than avg_pool2d.
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    blurred = (F.avg_pool2d(padded, 3, stride=1) * 9 + images * 4) / 13
-    return _blend(images, blurred, strength, sign)
+    rows = padded[..., :-2, :] + padded[..., 1:-1, :] + padded[..., 2:, :]
+    blurred = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(images, alpha=4).div_(13)
+    _blend(images, blurred, amount)
 
 
-def _autocontrast(images: Tensor, strength: float, sign: Tensor) -> Tensor:
+def _autocontrast(images: Tensor, strength: float, amount: Tensor) -> None:
     low, high = images.amin(dim=(-2, -1), keepdim=True), images.amax(dim=(-2, -1), keepdim=True)
-    return torch.where(high > low, (images - low) * 255 / (high - low).clamp(min=1), images)
+    several = high > low
+    images.sub_(low * several).mul_(torch.where(several, 255 / (high - low).clamp(min=1), 1.0))
 
 
-def _posterize(images: Tensor, strength: float, sign: Tensor) -> Tensor:
+def _posterize(images: Tensor, strength: float, amount: Tensor) -> None:
     step = 2 ** round(4 * strength)
-    return images.div(step).floor() * step
+    images.div_(step).floor_().mul_(step)
 
 
-def _solarize(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return torch.where(images >= 256 * (1 - strength), 255 - images, images)
+def _solarize(images: Tensor, strength: float, amount: Tensor) -> None:
+    images.copy_(torch.where(images >= 256 * (1 - strength), 255 - images, images))
 
 
-def _identity(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return images
+CHANGES = (_identity, _brightness, _contrast, _colour, _sharpness, _autocontrast, _posterize, _solarize)
+"""In place: images, strength, and strength times sign [B, 1, 1, 1]."""
+
+MOVES = {"rotate": math.radians(30), "shear_x": 0.3, "shear_y": 0.3, "translate_x": 0.9, "translate_y": 0.9}
+"""At full strength: radians, or shares of half the image's side."""
+
+OPERATIONS = (*(change.__name__.strip("_") for change in CHANGES), *MOVES)
 
 
-def _affine(images: Tensor, matrix: Tensor) -> Tensor:
-    """Sample at matrix [B, 2, 3] (in coordinates -1..1), zeros outside."""
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+def _move(images: Tensor, choices: Tensor, amounts: Tensor) -> Tensor:
+    """Each image moved by its amount in the way of this number in MOVES; bilinear, zeros outside."""
+    height, width = images.shape[-2:]
+    limits = torch.tensor([*MOVES.values()]).diag()[choices]
+    angle, shear_x, shear_y, move_x, move_y = (limits * amounts.view(-1, 1)).t()
+    # The source of the pixel at (x, y), both in -1..1, is matrix @ (x, y, 1).
+    rows = [angle.cos(), shear_x - angle.sin(), move_x, angle.sin() + shear_y, angle.cos(), move_y]
+    matrix = torch.stack(rows, dim=1).view(-1, 1, 1, 2, 3).to(images.device)
+    x = (torch.arange(width, device=images.device) * 2 + 1) / width - 1
+    y = (torch.arange(height, device=images.device) * 2 + 1) / height - 1
+    # As F.affine_grid, whose batched product of small matrices takes longer on the CPU than the sampling.
+    grid = matrix[..., 0] * x.view(-1, 1) + (matrix[..., 1] * y.view(-1, 1, 1) + matrix[..., 2])
     return F.grid_sample(images, grid, align_corners=False)
-
-
-def _matrix(sign: Tensor, entries: Mapping[tuple[int, int], Tensor | float]) -> Tensor:
-    matrix = torch.eye(2, 3, device=sign.device).repeat(len(sign), 1, 1)
-    for (row, column), value in entries.items():
-        matrix[:, row, column] = value
-    return matrix
-
-
-def _rotate(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    angle = math.radians(30) * strength * sign.view(-1)
-    entries = {(0, 0): angle.cos(), (0, 1): -angle.sin(), (1, 0): angle.sin(), (1, 1): angle.cos()}
-    return _affine(images, _matrix(sign, entries))
-
-
-def _shear_x(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return _affine(images, _matrix(sign, {(0, 1): 0.3 * strength * sign.view(-1)}))
-
-
-def _shear_y(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return _affine(images, _matrix(sign, {(1, 0): 0.3 * strength * sign.view(-1)}))
-
-
-def _translate_x(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return _affine(images, _matrix(sign, {(0, 2): 0.9 * strength * sign.view(-1)}))
-
-
-def _translate_y(images: Tensor, strength: float, sign: Tensor) -> Tensor:
-    return _affine(images, _matrix(sign, {(1, 2): 0.9 * strength * sign.view(-1)}))
-
-
-OPERATIONS = (
-    _identity, _brightness, _contrast, _colour, _sharpness, _autocontrast, _posterize, _solarize,
-    _rotate, _shear_x, _shear_y, _translate_x, _translate_y,
-)  # fmt: skip
 
 
 def erase(images: Tensor, probability: float, generator: Generator) -> None:
     """In place: a rectangle of 2 % to a third of the image becomes noise (Zhong et al., 2020)."""
-    size, _, height, width = images.shape
-    area = 0.02 + (1 / 3 - 0.02) * torch.rand(size, generator=generator)
-    ratio = torch.exp((2 * torch.rand(size, generator=generator) - 1) * math.log(3.3))
-    inside = _rectangles((area * ratio).sqrt(), (area / ratio).sqrt(), height, width, generator)
-    inside &= (torch.rand(size, generator=generator) < probability).view(-1, 1, 1)
-    mask = inside.unsqueeze(1).expand(images.shape).to(images.device)
-    noise = torch.randn(images.shape, generator=generator)
-    images[mask] = noise.to(images)[mask]
+    channels, height, width = images.shape[1:]
+    chosen = (torch.rand(len(images), generator=generator) < probability).nonzero().squeeze(1)
+    area, ratio, y, x = torch.rand(4, len(chosen), generator=generator)
+    area = 0.02 + (1 / 3 - 0.02) * area
+    ratio = torch.exp((2 * ratio - 1) * math.log(3.3))
+    top, bottom = _span(y, (area * ratio).sqrt(), height).unsqueeze(2)
+    left, right = _span(x, (area / ratio).sqrt(), width).unsqueeze(2)
+    rows, columns = torch.arange(height), torch.arange(width)
+    inside = ((rows >= top) & (rows < bottom)).unsqueeze(2) & ((columns >= left) & (columns < right)).unsqueeze(1)
+    noise = torch.randn(channels * int(inside.sum()), generator=generator).to(images)
+    chosen, inside = chosen.to(images.device), inside.unsqueeze(1).to(images.device)
+    images[chosen] = images.index_select(0, chosen).masked_scatter_(inside, noise)
 
 
 def cutmix(images: Tensor, partner: Tensor, share: float, generator: Generator) -> float:
@@ -233,18 +245,19 @@ def cutmix(images: Tensor, partner: Tensor, share: float, generator: Generator) 
 
     Returns the exact share that is left of each image.
     """
-    side = torch.tensor([math.sqrt(1 - share)])
-    inside = _rectangles(side, side, images.shape[-2], images.shape[-1], generator).to(images.device)
-    images.copy_(torch.where(inside, images[partner], images))
-    return 1 - inside.float().mean().item()
+    height, width = images.shape[-2:]
+    side = torch.tensor(math.sqrt(1 - share))
+    y, x = torch.rand(2, generator=generator)
+    (top, bottom), (left, right) = _span(y, side, height).tolist(), _span(x, side, width).tolist()
+    inside = images[:, :, top:bottom, left:right]
+    inside.copy_(inside.index_select(0, partner))
+    return 1 - (bottom - top) * (right - left) / (height * width)
 
 
-def _rectangles(heights: Tensor, widths: Tensor, height: int, width: int, generator: Generator) -> Tensor:
-    """Masks [B, height, width] of rectangles with these relative sides around random centres, cut at the border."""
-    y, x = torch.rand(2, len(heights), 1, generator=generator)
-    y_in = (torch.arange(height) + 0.5 - y * height).abs() < heights.view(-1, 1) * height / 2
-    x_in = (torch.arange(width) + 0.5 - x * width).abs() < widths.view(-1, 1) * width / 2
-    return y_in.unsqueeze(2) & x_in.unsqueeze(1)
+def _span(centre: Tensor, side: Tensor, length: int) -> Tensor:
+    """[2, ...]: first pixel and one past the last of a span of this relative centre and side, cut at the border."""
+    ends = torch.stack([centre - side / 2, centre + side / 2])
+    return (ends * length).round().clamp(0, length).long()
 
 
 def _beta(parameter: float, generator: Generator) -> float:

@@ -6,6 +6,7 @@ last.safetensors, state.pt (all that a resumed run needs to be the same run) and
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import time
@@ -214,8 +215,7 @@ def _train_and_test(
     c = config.train
     model.to(device)
     size = micro_batch(model, device, c.batch_size) if c.micro_batch == "auto" else min(c.micro_batch, c.batch_size)
-    # Where tensors are large, micro-batches do better than the allocator's settings, and the two do not add up.
-    if device.type == "cpu" and size == c.batch_size:
+    if keeps_memory(device, metrics["precision_used"], size < c.batch_size):
         machine.keep_freed_memory()
     compiled = c.compile and _can_compile(device, listen)
     metrics |= {
@@ -300,6 +300,14 @@ def _train_and_test(
     metrics |= _test(folder, data, normalise, device)
 
 
+def keeps_memory(device: torch.device, precision: str, in_parts: bool) -> bool:
+    """Whether what is freed should stay with the process: on a CPU, unless fp32 comes in micro-batches.
+
+    Those do as well without, on some machines better; in bf16 the page faults weigh more against the arithmetic.
+    """
+    return device.type == "cpu" and (precision == "bf16" or not in_parts)
+
+
 def train_step(
     model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, config: TrainConfig, size: int, precision: str
 ) -> tuple[Tensor, Tensor]:
@@ -334,12 +342,22 @@ def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, share: T
     return share * loss + (1 - share) * F.cross_entropy(logits, others, reduction="none", label_smoothing=smoothing)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the wrappers of these methods: they import torch's compiler, which takes a second."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> AdamW:
     """AdamW with decay on weight matrices only, its update in one fused kernel."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[name.endswith("weight") and parameter.ndim >= 2].append(parameter)
-    return torch.optim.AdamW(
+    return AdamW(
         [{"params": params, "weight_decay": config.weight_decay * decays} for decays, params in groups.items()],
         lr=config.lr,
         fused=True,
