@@ -33,40 +33,41 @@ RIVALS = {
     "softmax": ("softmax:impl=fused", "softmax_paper"),
     **{spec: (f"{spec}{',' if ':' in spec else ':'}impl=package",) for spec in SPARSE},
     "sigmoid": ("sigmoid_paper",),
-    "differential": ("differential_timm", "differential_paper"),
+    "differential": ("differential_timm", "differential_timm:fused=false", "differential_paper"),
     "gated-positional": ("gated_positional_paper",),
     "linear": ("linear_paper",),
     "performer": ("performer_pytorch",),
-    "efficient": ("linear_attention_transformer",),
+    "efficient": ("linear_attention_transformer", "efficient_paper"),
     "cosformer": ("cosformer_paper",),
-    "focused-linear": ("focused_linear_paper",),
-    "xca": ("xca_paper",),
-    "linformer": ("linformer_package",),
+    "focused-linear:conv_kernel_size=0": ("focused_linear_paper",),
+    "xca:lpi=false": ("xca_timm",),
+    "linformer": ("linformer_package", "linformer_paper"),
     "nystromformer:conv_kernel_size=0": ("nystrom_attention", "nystromformer_huggingface"),
-    "agent": ("agent_paper",),
-    "spatial-reduction": ("spatial_reduction_paper",),
+    "agent:conv_kernel_size=0": ("agent_paper",),
+    "spatial-reduction": ("spatial_reduction_paper", "spatial_reduction_paper:fused=false"),
     "reformer": ("reformer_pytorch", "reformer_huggingface"),
     "local": ("local_paper", "local_attention_package"),
     "shifted-window": ("shifted_window_paper",),
     "dilated": ("dilated_paper",),
     "hybrid": ("hybrid_paper",),
 }
+"""Ours, without the convolutions that their rivals lack, and the rivals: files of `peers`, or forms of ours."""
 TOKENS = (64, 256, 1024, 4096, 16384)
 MODES = {"forward": "forward", "train-step": "forward + backward"}
 
 
 def measure(ours: str, tokens: Iterable[int], runtime: RuntimeConfig) -> None:
     model = replace(resolve_run({"dataset": "fake"}).model, pool="mean")
-    rivals = [rival if ":" in rival else str(PEERS / f"{rival}.py") for rival in RIVALS[ours]]
+    level = "attention" if ours.startswith("xca") else "core"  # which mixes channels, so it has no core
     for count in tokens:
         heads = 8 if count <= 4096 else 2
         for mode in MODES:
             config = BenchConfig(
-                level="core", mode=mode, tokens=count, batch_size=max(1, 4096 // count), rounds=10, max_seconds=0.6,
+                level=level, mode=mode, tokens=count, batch_size=max(1, 4096 // count), rounds=10, max_seconds=0.6,
                 timeout=30.0, counts=False, errors=False, memory=mode != "forward",
             )  # fmt: skip
             sized = replace(model, dim=64 * heads, num_heads=heads)
-            bench.run(bench.cells_of([ours, *rivals], sized, config), runtime, _tell)
+            bench.run(bench.cells_of([ours, *map(_spec, RIVALS[ours])], sized, config), runtime, _tell)
 
 
 def _tell(event: dict[str, Any]) -> None:
@@ -86,16 +87,23 @@ def newest(results: str) -> dict[tuple[str, str, int], store.Record]:
     return found
 
 
+def _spec(rival: str) -> str:
+    """What `vitcmp bench` takes."""
+    stem, colon, options = rival.partition(":")
+    file = PEERS / f"{stem}.py"
+    return f"{file}{colon}{options}" if file.exists() else rival
+
+
 def _name(spec: str) -> str:
-    """A spec as RIVALS has it: of a file, its stem."""
-    return Path(spec).stem if spec.endswith(".py") else attention.canonical(spec)
+    """The inverse, of what stands in a record."""
+    return spec.rpartition("/")[2].replace(".py", "")
 
 
 def rows(ours: str, records: dict[tuple[str, str, int], store.Record]) -> Iterable[list[str]]:
     """A line a token count: our time, the fastest rival and its time over ours in both modes, and memory."""
-    name, rivals = _name(ours), [_name(rival) if ":" in rival else rival for rival in RIVALS[ours]]
+    name, rivals = attention.canonical(ours), [_name(attention.canonical(_spec(rival))) for rival in RIVALS[ours]]
     for tokens in TOKENS:
-        line = [ours.removesuffix(":conv_kernel_size=0"), f"{tokens:,}"]
+        line = [ours.partition(":conv")[0], f"{tokens:,}"]
         for mode in MODES:
             own = records.get((name, mode, tokens))
             if own is None:
