@@ -115,7 +115,8 @@ def interpreted() -> dict[str, dict[str, list[float]]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients_equal_torch(name: str) -> None:
-    tolerance = 1e-3 if name == "half" else 1e-4 if name == "sharp rows" else 3e-6
+    # Large scores lose digits to their rounding, and alpha's gradient to the difference of nearly equal sums.
+    tolerance = {"half": 1e-3, "sharp rows": 1e-4, "learned alpha": 1e-5}.get(name, 3e-6)
     assert max(interpreted()["errors"][name]) < tolerance
 
 

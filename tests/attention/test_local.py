@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitcmp import attention, build_model
 from vitcmp.attention import AttentionError, DegenerateWarning, LayerConfig, TokenGrid, attention_map
-from vitcmp.attention._windows import WindowedPatches
 from vitcmp.models.vit import resized
 
 
@@ -87,23 +86,14 @@ def test_local_with_one_window_over_the_grid_is_softmax() -> None:
     assert relative(core(q, k, v), softmax_twin(nn.Identity(), q, k, v)) < 1e-12
 
 
-def in_tiles(core: Any) -> Any:
-    """The core as it computes where the CPU's products of pairs are not at hand."""
-    for module in core.modules():
-        if isinstance(module, WindowedPatches):
-            module.link_keys = None
-    return core
-
-
 @every_grid
-@pytest.mark.parametrize("name", ["local", "dilated", "hybrid"])
-def test_pairs_and_tiles_agree(name: str, grid: TokenGrid) -> None:
+@pytest.mark.parametrize("window", [1, 3, 4])
+def test_pairs_and_tiles_agree(grid: TokenGrid, window: int) -> None:
+    core = make_block(f"local:window_size={window}", make_layer(grid)).core.double()
     leaves = [x.requires_grad_() for x in make_qkv(grid.num_tokens)]
-    results = []
-    for form in (lambda core: core, in_tiles):
-        y = form(make_block(name, make_layer(grid)).core.double())(*leaves)
-        upstream = torch.arange(y.numel(), dtype=torch.float64).view_as(y) % 7
-        results.append((y, *torch.autograd.grad(y, leaves, upstream)))
+    patches = core.pairs(leaves[0][:, :, grid.num_prefix_tokens :], *leaves[1:], dropout=0.0)
+    upstream = torch.randn(patches.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results = [(y, *torch.autograd.grad(y, leaves, upstream)) for y in (patches, core.in_tiles(*leaves))]
     for found, wanted in zip(*results, strict=True):
         assert relative(found, wanted) < 1e-12
 

@@ -307,6 +307,43 @@ def test_only_matrices_decay() -> None:
         assert decay[id(parameter)] == (0.3 if is_matrix else 0.0), name
 
 
+def test_our_adamw_is_torchs() -> None:
+    """To the bit over some steps, and either reads the other's state."""
+    models = [build_model("tiny", image_size=8, channels=1) for _ in range(2)]
+    config = TrainConfig(weight_decay=0.3)
+    ours = make_optimizer(models[0], config, torch.device("cpu"))
+    groups = [{**g, "params": [p.detach().clone().requires_grad_() for p in g["params"]]} for g in ours.param_groups]
+    theirs = torch.optim.AdamW(groups)
+    for _ in range(3):
+        for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+            for p, q in zip(mine["params"], other["params"], strict=True):
+                p.grad = torch.randn(p.shape)
+                q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for mine, other in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(mine["params"], other["params"], strict=True))
+    again = make_optimizer(models[1], config, torch.device("cpu"))
+    again.load_state_dict(theirs.state_dict())
+    first, second = (torch.nn.utils.parameters_to_vector(
+        [state["exp_avg_sq"] for state in optimizer.state.values()]) for optimizer in (ours, again))  # fmt: skip
+    assert torch.equal(first, second)
+    assert first.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "in_parts", "kept"),
+    [
+        ("cpu", "fp32", False, True),
+        ("cpu", "fp32", True, False),
+        ("cpu", "bf16", True, True),
+        ("mps", "bf16", True, False),
+    ],
+)
+def test_freed_memory_is_kept_where_it_pays(device: str, precision: str, in_parts: bool, kept: bool) -> None:
+    assert train.keeps_memory(torch.device(device), precision, in_parts) is kept
+
+
 def test_the_schedule_has_its_values() -> None:
     schedule = Schedule(TrainConfig(epochs=5, lr=1.0, min_lr=0.1, warmup_epochs=2), steps_an_epoch=10)
     assert schedule.lr(0) == pytest.approx(1 / 20)

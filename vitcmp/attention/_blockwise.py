@@ -25,19 +25,21 @@ aten = torch.ops.aten
 BLOCK_SCORES = {"cpu": 2**20, "cuda": 2**26}
 """Scores of a block: as many as caches hold; on a GPU, as many as keep it busy."""
 MIN_HEADS = 4
-"""Heads of a block at least, of which each thread takes one: it multiplies whole matrices quicker than shares of one."""
+"""Heads of a block at least: threads take one each, which goes quicker than sharing one."""
 MIN_QUERIES = 32
 """Queries of a head in a block at least, or its matrix products are thin."""
+MIN_TOKENS = 48
+"""Below, weights are few, and quicker kept than computed again."""
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, share: Tensor | None = None, bias: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """The attention of q, k, v of [B, H, N, K] for a `share` of no dimensions or none, and a `bias` or softmax."""
+    """The attention of q, k, v of [B, H, N, K]: two maps for a `share` (of no dimensions), sigmoid for a `bias`."""
     maps = 1 if share is None else 2
     # The first axis counts maps: [M, B, H, N, K / M].
     q, k = (x.unflatten(-1, (maps, -1)).movedim(-2, 0) for x in (q, k))
-    if dropout or q.device.type not in BLOCK_SCORES:
+    if dropout or q.device.type not in BLOCK_SCORES or q.shape[-2] < MIN_TOKENS:
         return attend_at_once(q, k, v, share, bias, dropout)
     flat = [x.flatten(-4, -3).contiguous() for x in (q, k, v)]
     return _attend(*flat, share, bias).unflatten(0, v.shape[:2])
@@ -90,16 +92,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _maps(q: Tensor, k: Tensor, bias: float | None, space: Tensor) -> list[Tensor]:
-    """The maps of a block, from scaled queries."""
+    """The maps of a block, from scaled queries, in fp32 at least."""
     maps = []
     for queries, keys, room in zip(q, k, space, strict=True):
-        scores = _product(queries, keys.mT, room)
-        if bias is not None:
-            maps.append(wide(scores).add_(bias).sigmoid_())
-            continue
-        # The kernel of softmax sums in fp32 whatever its input; the difference of two wants more digits than bf16 has.
-        scores = scores if len(q) == 1 else wide(scores)
-        maps.append(aten._softmax.out(scores, -1, False, out=scores))
+        scores = wide(_product(queries, keys.mT, room))
+        maps.append(aten._softmax.out(scores, -1, False, out=scores) if bias is None else scores.add_(bias).sigmoid_())
     return maps
 
 

@@ -78,15 +78,15 @@ class Products:
         out, kept = torch.empty_like(q, dtype=v.dtype), []
         for images, query_blocks, key_blocks in self.blocks(q, k):
             summed = total = torch.zeros((), dtype=wide(q[:0]).dtype, device=q.device)
-            parts = self.key.together(self.key(wide(k[images, :, t]), t) for t in key_blocks)
+            parts = self.key.together(self.key(_rows(k, images, t), t) for t in key_blocks)
             keys, queries, normalisers = [], [], []
             for t, b in zip(key_blocks, parts, strict=True):
-                summed = summed + b.transpose(-2, -1) @ wide(v[images, :, t])  # [B, H, F, K]
+                summed = summed + b.transpose(-2, -1) @ _rows(v, images, t)  # [B, H, F, K]
                 total = total + b.sum(dim=-2, keepdim=True)  # [B, H, 1, F]
                 if keep:
                     keys.append(b)
             for t in query_blocks:
-                a = self.query(wide(q[images, :, t]), t)
+                a = self.query(_rows(q, images, t), t)
                 normaliser = self.normaliser(_dot(a, total))
                 torch.div(a @ summed, normaliser, out=out[images, :, t])
                 if keep:
@@ -111,12 +111,12 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, products: Products) -> Tensor:
         out, kept = products.forward(q, k, v, keep=True)
         ctx.products = products
-        ctx.save_for_backward(q, k, v, out, *(x for chunk in kept for x in chunk))
+        ctx.save_for_backward(q, k, v, *(x for chunk in kept for x in chunk))
         return out
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        products, (q, k, v, out, *kept) = ctx.products, ctx.saved_tensors
+        products, (q, k, v, *kept) = ctx.products, ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated again
             leaves = [x for x in (q, k, v) if x.requires_grad]
             found = iter(torch.autograd.grad(products.plain(q, k, v), leaves, upstream, create_graph=True))
@@ -130,20 +130,27 @@ class _Products(torch.autograd.Function):
             )
             d_summed = d_total = torch.zeros((), dtype=summed.dtype, device=summed.device)
             for t, a, normaliser in zip(query_blocks, queries, normalisers, strict=True):
-                d = upstream[images, :, t] / normaliser
+                d = _rows(upstream, images, t) / normaliser
+                da = d @ summed.transpose(-2, -1)
                 # Of the normaliser, which has none where its least value stands in its place.
-                r = -_dot(d, out[images, :, t])
+                r = _dot(a, da) / -normaliser
                 if products.least:
                     r = r * (normaliser > products.least)
                 d_summed = d_summed + a.transpose(-2, -1) @ d
                 d_total = d_total + (a * r).sum(dim=-2, keepdim=True)
-                da = (d @ summed.transpose(-2, -1)).addcmul_(r, total)
-                dq[images, :, t] = products.query.gradient(wide(q[images, :, t]), a, da, t)
+                da.addcmul_(r, total)
+                dq[images, :, t] = products.query.gradient(_rows(q, images, t), a, da, t)
             for t, b in zip(key_blocks, keys, strict=True):
-                db = (wide(v[images, :, t]) @ d_summed.transpose(-2, -1)).add_(d_total)
+                db = (_rows(v, images, t) @ d_summed.transpose(-2, -1)).add_(d_total)
                 dv[images, :, t] = b @ d_summed
-                dk[images, :, t] = products.key.gradient(wide(k[images, :, t]), b, db, t)
+                dk[images, :, t] = products.key.gradient(_rows(k, images, t), b, db, t)
         return dq, dk, dv, None
+
+
+def _rows(x: Tensor, images: slice, tokens: slice) -> Tensor:
+    """A block of x, in fp32 at least. In a model, x is a view of one projection for all: each product would copy it."""
+    x = wide(x[images, :, tokens])
+    return x if x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ A tile is some query patches and some key patches; each query attends to its til
 and to the prefix tokens. Prefix tokens attend to all tokens. Both sides of the grid are tiled on their own, and every
 pair of a row tile and a column tile is one tile of the grid. Nothing is padded: a tile that would pass the border is
 moved inwards, and what it computes twice is dropped.
-
-On the CPU, where every query has as many keys, the same pairs are computed one by one (`_neighbours`).
 """
 
 from __future__ import annotations
@@ -19,11 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcmp.attention import AttentionError, DegenerateWarning, _neighbours
+from vitcmp.attention import AttentionError, DegenerateWarning
 from vitcmp.attention._multihead import TokenGrid
-
-LINKS = ("link_keys", "link_queries", "link_places", "link_ends")
-"""Buffers of what `_neighbours.links` returns; None where queries have different numbers of keys."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +80,9 @@ class WindowedPatches(nn.Module):
         self.register_buffer("answer", answer, persistent=False)  # [P]
         # Added to the scores, [T, A, prefix + B]; None where all is allowed.
         self.register_buffer("mask", None if allowed.all() else F.pad(mask, (prefix, 0)), persistent=False)
-        used = F.pad(mask, (prefix, 0)).flatten(0, 1)[answer] == 0  # [P, prefix + B]
-        counts = used.sum(dim=1)
-        pairs = key[answer // query.shape[1]][used].view(patches, -1) if (counts == counts[0]).all() else None
-        links = [None] * len(LINKS) if pairs is None else _neighbours.links(pairs, grid.num_tokens)
-        for name, link in zip(LINKS, links, strict=True):
-            self.register_buffer(name, link, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """`bias`, [H, A, prefix + B], is added to the scores of every tile."""
-        links = [getattr(self, name) for name in LINKS]
-        if bias is None and links[0] is not None and q.device.type in ("cpu", "meta"):
-            dropout = self.dropout if self.training else 0.0
-            return _neighbours.attend(q[:, :, -len(self.answer) :], k, v, links, dropout)
         scores = take(q * q.shape[-1] ** -0.5, self.query) @ take(k, self.key).transpose(-2, -1)  # [B, H, T, A, +B]
         added = self.mask if bias is None else bias.unsqueeze(1) + (0 if self.mask is None else self.mask)
         if added is not None:
@@ -126,14 +111,8 @@ def with_prefix(patches: Tensor, q: Tensor, k: Tensor, v: Tensor, dropout: float
     return patches.to(v.dtype)
 
 
-def num_pairs(grid: TokenGrid, rows: SideTiles, columns: SideTiles) -> int:
-    """Scores that a head computes for the patches where all have as many keys, on the CPU; in tiles it is more."""
-    keys = int(rows.allowed[0, 0].sum() * columns.allowed[0, 0].sum())
-    return grid.height * grid.width * (grid.num_prefix_tokens + keys)
-
-
 def num_scores(grid: TokenGrid, rows: SideTiles, columns: SideTiles) -> int:
-    """Scores that a head computes for the patches in tiles, the masked and the dropped ones included."""
+    """Scores that a head computes for the patches, the masked and the dropped ones included."""
     queries = rows.query.numel() * columns.query.numel()
     return queries * (grid.num_prefix_tokens + rows.key.shape[1] * columns.key.shape[1])
 

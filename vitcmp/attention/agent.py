@@ -44,7 +44,7 @@ class Config:
 
 
 class AgentBias(nn.Module):
-    """How much each agent favours each token: `forward()` gives [H, n, N]."""
+    """How much each agent favours each token."""
 
     def __init__(self, num_heads: int, agents: TokenGrid, grid: TokenGrid) -> None:
         super().__init__()
@@ -71,8 +71,15 @@ class AgentBias(nn.Module):
         return state
 
     def forward(self) -> Tensor:
+        """[H, n, N]."""
         patches = (self.rows.unsqueeze(-1) + self.columns.unsqueeze(-2)).flatten(-2)
         return patches if self.prefix is None else torch.cat([self.prefix, patches], dim=-1)
+
+    def by_token(self) -> Tensor:
+        """[H, N, n], made as it lies in memory: to transpose the whole costs more than all the sums."""
+        rows, columns = (bias.transpose(-2, -1).contiguous() for bias in (self.rows, self.columns))
+        patches = (rows.unsqueeze(-2) + columns.unsqueeze(-3)).flatten(-3, -2)
+        return patches if self.prefix is None else torch.cat([self.prefix.transpose(-2, -1), patches], dim=-2)
 
 
 class AgentAttention(nn.Module):
@@ -84,18 +91,18 @@ class AgentAttention(nn.Module):
         self.collect_bias = AgentBias(num_heads, agents, grid) if bias else None
         self.read_bias = AgentBias(num_heads, agents, grid) if bias else None
 
-    def _weights(self, scores: Tensor) -> Tensor:
+    def _weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:
+            scores = scores + bias
         return F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         agents = region_means(q[..., self.grid.num_prefix_tokens :, :], self.grid, self.agents)  # [B, H, n, K]
         agents = agents * q.shape[-1] ** -0.5
-        collect = agents @ k.transpose(-2, -1)  # [B, H, n, N]
-        read = q @ agents.transpose(-2, -1)  # [B, H, N, n]
-        if self.collect_bias is not None and self.read_bias is not None:
-            collect = collect + self.collect_bias()
-            read = read + self.read_bias().transpose(-2, -1)
-        return (self._weights(read) @ (self._weights(collect) @ v)).to(v.dtype)
+        collect_bias = None if self.collect_bias is None else self.collect_bias()
+        collected = self._weights(agents @ k.transpose(-2, -1), collect_bias) @ v  # [B, H, n, K]
+        read_bias = None if self.read_bias is None else self.read_bias.by_token()
+        return (self._weights(q @ agents.transpose(-2, -1), read_bias) @ collected).to(v.dtype)
 
 
 def agent_grid(layer: LayerConfig, config: Config) -> TokenGrid:

@@ -32,7 +32,7 @@ from vitcmp.attention._windows import (
     WindowedPatches,
     check_window,
     even_length,
-    num_pairs,
+    num_scores,
     partition,
     prefix_scores,
     spans,
@@ -122,5 +122,5 @@ def macs(layer: LayerConfig, config: Config) -> int:
     scores = layer.num_heads * prefix_scores(layer.grid)
     for group, dilation in enumerate(dilations):
         heads = layer.num_heads // len(dilations) + (group < layer.num_heads % len(dilations))
-        scores += heads * num_pairs(layer.grid, *phases(layer.grid, dilation, window))
+        scores += heads * num_scores(layer.grid, *phases(layer.grid, dilation, window))
     return 2 * layer.head_dim * scores

@@ -25,7 +25,7 @@ from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
 from vitcmp.attention._windows import (
     WindowedPatches,
     check_window,
-    num_pairs,
+    num_scores,
     prefix_scores,
     window_side,
     with_prefix,
@@ -122,7 +122,7 @@ def build(layer: LayerConfig, config: Config) -> nn.Module:
 def macs(layer: LayerConfig, config: Config) -> int:
     grid, window = layer.grid, window_side(config.window_size, layer.grid)
     patches, dilations = grid.height * grid.width, branch_dilations(grid, config)
-    scores = prefix_scores(grid) + sum(num_pairs(grid, *phases(grid, d, window)) for d in dilations)
+    scores = prefix_scores(grid) + sum(num_scores(grid, *phases(grid, d, window)) for d in dilations)
     linear = 2 * grid.num_tokens * layer.head_dim if config.linear else 0
     branches = len(dilations) + config.linear
     gate = patches * branches if config.gate and branches > 1 else 0

@@ -20,13 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vitcmp.attention import _neighbours
 from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
 from vitcmp.attention._windows import (
     SideTiles,
     WindowedPatches,
     check_window,
     even_length,
-    num_pairs,
     partition,
     prefix_scores,
     spans,
@@ -52,15 +52,37 @@ class LocalAttention(nn.Module):
     def __init__(self, grid: TokenGrid, window: int, dropout: float) -> None:
         super().__init__()
         self.grid, self.dropout = grid, dropout
-        self.patches = WindowedPatches(grid, *neighbourhoods(grid, window), dropout)
+        self.in_tiles = WindowedPatches(grid, *neighbourhoods(grid, window), dropout)
+        self.pairs = _neighbours.Pairs(neighbours(grid, window), grid.num_tokens)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return with_prefix(self.patches(q, k, v), q, k, v, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if q.device.type in ("cpu", "meta"):
+            patches = self.pairs(q[:, :, self.grid.num_prefix_tokens :], k, v, dropout)
+        else:
+            patches = self.in_tiles(q, k, v)
+        return with_prefix(patches, q, k, v, dropout)
+
+
+def neighbours(grid: TokenGrid, window: int) -> Tensor:
+    """The tokens that each patch attends to, [P, prefix + w^2]."""
+    rows, columns = (
+        spans(side_first(torch.arange(side), side, min(window, side)), min(window, side))
+        for side in (grid.height, grid.width)
+    )
+    patches = (rows[:, None, :, None] * grid.width + columns[:, None, :]).flatten(2, 3).flatten(0, 1)
+    prefix = torch.arange(grid.num_prefix_tokens).expand(len(patches), -1)
+    return torch.cat([prefix, patches + grid.num_prefix_tokens], dim=1)
 
 
 def neighbourhoods(grid: TokenGrid, window: int) -> tuple[SideTiles, SideTiles]:
     """The tiles of the rows and of the columns."""
     return side_neighbourhoods(grid.height, window), side_neighbourhoods(grid.width, window)
+
+
+def side_first(position: Tensor, side: int, window: int) -> Tensor:
+    """Where the neighbourhood of a position on a side begins."""
+    return (position - window // 2).clamp(0, side - window)
 
 
 def side_neighbourhoods(side: int, window: int) -> SideTiles:
@@ -70,7 +92,7 @@ def side_neighbourhoods(side: int, window: int) -> SideTiles:
     query = partition(side, length)  # [t, a]
     halo = min(side, length + window - 1)
     key = spans((query[:, 0] - window // 2).clamp(0, side - halo), halo)  # [t, b]
-    first = (query - window // 2).clamp(0, side - window).unsqueeze(-1)  # of each query's neighbourhood
+    first = side_first(query, side, window).unsqueeze(-1)
     allowed = (first <= key.unsqueeze(1)) & (key.unsqueeze(1) < first + window)
     return SideTiles(query, key, allowed, torch.ones_like(query, dtype=torch.bool))
 
@@ -82,5 +104,6 @@ def build(layer: LayerConfig, config: Config) -> nn.Module:
 
 
 def macs(layer: LayerConfig, config: Config) -> int:
-    tiles = neighbourhoods(layer.grid, window_side(config.window_size, layer.grid))
-    return 2 * layer.dim * (num_pairs(layer.grid, *tiles) + prefix_scores(layer.grid))
+    """As on the CPU; in tiles, the masked scores come on top."""
+    pairs = neighbours(layer.grid, window_side(config.window_size, layer.grid)).numel()
+    return 2 * layer.dim * (pairs + prefix_scores(layer.grid))

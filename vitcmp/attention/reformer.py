@@ -72,21 +72,25 @@ class LSHAttention(nn.Module):
         width = q.shape[-1]
         buckets = self._hash(q)  # [B, H, R, N]
         order = buckets.argsort(dim=-1, stable=True)  # the token in each slot
-        slots = order.argsort(dim=-1)  # the slot of each token
+        tokens = torch.arange(order.shape[-1], device=q.device).expand_as(order)
+        slots = torch.empty_like(order).scatter_(-1, order, tokens)  # the slot of each token
 
-        # One table, so that each round gathers its rows once; an empty slot takes any row.
+        # Each round gathers its rows once, keys and values together; an empty slot takes any row.
+        chunks = self._chunks(order, 0)
         keys = F.normalize(wide(q), dim=-1).to(q.dtype)
-        table = torch.cat([q * width**-0.5, keys, v], dim=-1)
-        rows = take(table, self._chunks(order, 0))  # [B, H, R, C, m, 3K]
-        queries, (keys, values) = rows[..., :width], window(rows[..., width:]).chunk(2, dim=-1)
+        queries = take(q * width**-0.5, chunks)  # [B, H, R, C, m, K]
+        keys, values = take(torch.cat([keys, v], dim=-1), window(chunks, chunks)).chunk(2, dim=-1)
 
         scores = wide(queries @ keys.transpose(-2, -1))  # [B, H, R, C, m, 2m]
-        is_self, hidden = self._masks(buckets, order, slots)
+        # A token meets itself in its own chunk alone, in its own slot.
+        is_self = torch.eye(self.bucket_size, dtype=torch.bool, device=q.device)
+        is_self = F.pad(is_self, (scores.shape[-1] - self.bucket_size, 0))
+        hidden = self._hidden(buckets, order, slots)
         with torch.autocast(q.device.type, enabled=False):
             scores.masked_fill_(is_self, SELF).masked_fill_(hidden, -torch.inf)
             # The bound keeps it finite where a round shows a token nothing new.
             highest = scores.detach().amax(dim=-1, keepdim=True).clamp(min=SELF)
-            weights = (scores - highest).exp()
+            weights = scores.sub_(highest).exp_()
             total = weights.sum(dim=-1, keepdim=True)
             weights = F.dropout(weights, self.dropout, self.training)
         mixed = weights.to(v.dtype) @ values  # [B, H, R, C, m, K]
@@ -106,37 +110,38 @@ class LSHAttention(nn.Module):
             rotated = torch.einsum("bhnk,rkc->bhrnc", q, self.rotations.to(q.dtype))
         return torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
 
-    def _masks(self, buckets: Tensor, order: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Which pairs are one token, and which are not seen or were in an earlier round: [B, H, R, C, m, 2m] each."""
+    def _hidden(self, buckets: Tensor, order: Tensor, slots: Tensor) -> Tensor:
+        """Which pairs are not seen, or were in an earlier round: [B, H, R, C, m, 2m]."""
         num_rounds, num_chunks = buckets.shape[2], -(-buckets.shape[3] // self.bucket_size)
         chunk = slots // self.bucket_size
         # A key is seen by the queries of its bucket in its own chunk and in the next.
         own = (buckets * num_chunks + chunk).int()
         following = (buckets * num_chunks + (chunk + 1) % num_chunks).int()
 
-        def seen(back: int) -> Tensor:
-            """Whether the pairs of each round were seen `back` rounds before it, for rounds that have one there."""
+        def places(back: int) -> tuple[Tensor, Tensor, Tensor]:
+            """Of the queries, and the two of the keys, `back` rounds before each, for rounds that have one there."""
             x, y = (
                 self._chunks(place[:, :, : num_rounds - back].gather(-1, order[:, :, back:]), -1)
                 for place in (own, following)
             )
-            queries = x.unsqueeze(-1)
-            return (queries == window(x).unsqueeze(-2)) | (queries == window(y).unsqueeze(-2))
+            return x.unsqueeze(-1), x, y
 
-        hidden = ~seen(back=0)
+        queries, x, y = places(back=0)
+        hidden = queries != window(y, x).unsqueeze(-2)  # it is known which key is in which chunk
         for back in range(1, num_rounds):
-            hidden[:, :, back:] |= seen(back)
-        tokens = self._chunks(order, -1)
-        return tokens.unsqueeze(-1) == window(tokens).unsqueeze(-2), hidden
+            queries, x, y = places(back)
+            hidden[:, :, back:] |= queries == window(x, x).unsqueeze(-2)
+            hidden[:, :, back:] |= queries == window(y, y).unsqueeze(-2)
+        return hidden
 
     def _chunks(self, x: Tensor, empty: int) -> Tensor:
         """Slots in chunks, [B, H, R, N] -> [B, H, R, C, m]; `empty` in those at the end that have no token."""
         return F.pad(x, (0, -x.shape[-1] % self.bucket_size), value=empty).unflatten(-1, (-1, self.bucket_size))
 
 
-def window(x: Tensor) -> Tensor:
-    """What each chunk looks at, the chunk before it and itself: [B, H, R, C, m, ...] -> [B, H, R, C, 2m, ...]."""
-    return torch.cat([x.roll(1, dims=3), x], dim=4) if x.shape[3] > 1 else x
+def window(before: Tensor, itself: Tensor) -> Tensor:
+    """What each chunk looks at, the chunk before it and itself: [B, H, R, C, m] each -> [B, H, R, C, 2m]."""
+    return torch.cat([before.roll(1, dims=3), itself], dim=4) if itself.shape[3] > 1 else itself
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
 from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
+from vitcmp.attention.linformer import FewKeysAttention
 from vitcmp.attention.nystromformer import segment_means
-from vitcmp.attention.softmax import SoftmaxAttention
 
 PAPER = "https://arxiv.org/abs/2102.12122"
 COST = "O(N^2 K / r^2)"
@@ -42,12 +43,13 @@ class SpatialReductionAttention(nn.Module):
     def __init__(self, grid: TokenGrid, sr_ratio: int, dropout: float) -> None:
         super().__init__()
         self.grid, self.regions, self.dropout = grid, region_grid(grid, sr_ratio), dropout
-        self.softmax = SoftmaxAttention("auto", dropout)
+        self.softmax = FewKeysAttention(dropout)
 
     def _reduced(self, x: Tensor) -> Tensor:
         """P x: [B, H, N, K] -> [B, H, prefix tokens + regions, K]."""
         prefix, patches = x.split([self.grid.num_prefix_tokens, self.grid.height * self.grid.width], dim=-2)
-        return torch.cat([prefix, region_means(patches, self.grid, self.regions)], dim=-2)
+        means = region_means(patches, self.grid, self.regions)
+        return torch.cat([prefix, means], dim=-2) if self.grid.num_prefix_tokens else means
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.softmax(q, self._reduced(k), self._reduced(v)).to(v.dtype)
@@ -58,9 +60,30 @@ def region_means(patches: Tensor, grid: TokenGrid, regions: TokenGrid) -> Tensor
 
     Of rows and columns, the first regions are one patch longer where their number does not divide the side.
     """
+    if grid.height % regions.height == 0 and grid.width % regions.width == 0:
+        return _EvenMeans.apply(patches, grid, regions)
     image = patches.unflatten(-2, (grid.height, grid.width))
-    columns = segment_means(image, regions.width)  # [..., height, regions.width, K]
-    return segment_means(columns.flatten(-2), regions.height).unflatten(-1, (regions.width, -1)).flatten(-3, -2)
+    rows = segment_means(image.flatten(-2), regions.height).unflatten(-1, (grid.width, -1))
+    return segment_means(rows, regions.width).flatten(-3, -2)  # from [..., regions.height, regions.width, K]
+
+
+class _EvenMeans(torch.autograd.Function):
+    """Means over equal rectangles: forward, pooling is the quickest, and backward a broadcast."""
+
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, grid: TokenGrid, regions: TokenGrid) -> Tensor:
+        height, width = grid.height // regions.height, grid.width // regions.width
+        ctx.cells = (regions.height, height, regions.width, width)
+        # As images with the channels last, which is how tokens lie: no copy.
+        images = patches.transpose(-2, -1).flatten(0, -3).unflatten(-1, (grid.height, grid.width))
+        pooled = F.avg_pool2d(images, (height, width))
+        return pooled.flatten(-2).transpose(-2, -1).unflatten(0, patches.shape[:-2])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        rows, height, columns, width = ctx.cells
+        cells = (upstream / (height * width)).unflatten(-2, (rows, 1, columns, 1))
+        return cells.expand(*cells.shape[:-5], rows, height, columns, width, -1).flatten(-5, -2), None, None
 
 
 def region_grid(grid: TokenGrid, sr_ratio: int) -> TokenGrid:

@@ -318,9 +318,10 @@ def train_step(
     optimizer.zero_grad()
     total = len(batch.labels)
     loss_sum, correct = torch.zeros((), device=batch.images.device), torch.zeros((), device=batch.images.device)
-    for images, labels, others, share in zip(
-        batch.images.split(size), batch.labels.split(size), batch.other_labels.split(size), batch.share.split(size)
-    ):
+    all_labels = batch.labels.split(size)
+    # The same tensors where nothing is mixed: the loss sees that without asking the device.
+    all_others = all_labels if batch.other_labels is batch.labels else batch.other_labels.split(size)
+    for images, labels, others, share in zip(batch.images.split(size), all_labels, all_others, batch.share.split(size)):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
         loss = mixed_cross_entropy(logits, labels, others, share, config.label_smoothing).sum() / total
@@ -337,7 +338,7 @@ def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, share: T
     """Cross entropy of each sample, [B], with a share for `labels` and the rest for `others`; in fp32 at least."""
     logits = logits.float() if logits.dtype != torch.float64 else logits
     loss = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-    if labels is others or bool((share == 1).all()):
+    if labels is others:
         return loss
     return share * loss + (1 - share) * F.cross_entropy(logits, others, reduction="none", label_smoothing=smoothing)
 
