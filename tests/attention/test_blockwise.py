@@ -16,8 +16,8 @@ every_kind = pytest.mark.parametrize(("share", "bias"), KINDS.values(), ids=KIND
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two heads, three queries each; the last are smaller."""
-    for name, value in {"BLOCK_SCORES": {"cpu": 60}, "MIN_HEADS": 2, "MIN_QUERIES": 3, "MIN_TOKENS": 0}.items():
+    """Of one head and three queries; the last ones have two."""
+    for name, value in {"BLOCK_SCORES": {"cpu": 60}, "MIN_QUERIES": 3, "MIN_TOKENS": 0}.items():
         monkeypatch.setattr(_blockwise, name, value)
 
 

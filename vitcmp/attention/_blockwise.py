@@ -24,10 +24,8 @@ aten = torch.ops.aten
 
 BLOCK_SCORES = {"cpu": 2**20, "cuda": 2**26}
 """Scores of a block: as many as caches hold; on a GPU, as many as keep it busy."""
-MIN_HEADS = 4
-"""Heads of a block at least: threads take one each, which goes quicker than sharing one."""
 MIN_QUERIES = 32
-"""Queries of a head in a block at least, or its matrix products are thin."""
+"""Queries of a block at least, or its matrix products are thin."""
 MIN_TOKENS = 48
 """Below, weights are few, and quicker kept than computed again."""
 
@@ -63,9 +61,9 @@ def attend_at_once(
 def _blocks(q: Tensor) -> Iterator[tuple[slice, slice]]:
     """The heads and the queries of each block, the largest first."""
     maps, heads, tokens, _ = q.shape
-    most = max(1, BLOCK_SCORES[q.device.type] // (maps * tokens))  # queries of all heads
-    rows = min(tokens, max(MIN_QUERIES, most // MIN_HEADS))
-    group = min(heads, max(MIN_HEADS, most // rows))
+    most = BLOCK_SCORES[q.device.type] // (maps * tokens)  # queries
+    rows = min(tokens, max(MIN_QUERIES, most))
+    group = min(heads, max(1, most // rows))
     for head in range(0, heads, group):
         for row in range(0, tokens, rows):
             yield slice(head, min(head + group, heads)), slice(row, min(row + rows, tokens))

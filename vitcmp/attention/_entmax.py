@@ -1,13 +1,14 @@
 """alpha-entmax attention, exact and fast: p = [(alpha - 1) s - tau]_+ ^ (1 / (alpha - 1)), tau such that sum(p) = 1.
 
 On the CPU the rows are compiled (`_entmax_cpu`): scores come from matrix products, a block of queries at a time; the
-few entries above the threshold are kept, and the output and all gradients are made from them alone. Where rows are
-dense, matrix products do that too, and the backward pass computes the scores again. So memory stays far below N^2.
+entries above the threshold are kept, and the output and all gradients are made from them alone. Where rows are dense,
+matrix products do that too, and the backward pass computes the scores again. So memory stays far below N^2.
 Elsewhere, and for second derivatives, the same in torch.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +24,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 MAX_SCORES = 2**17
 """Scores of a block on the CPU, so that they stay in a core's cache from one product to the next."""
-MIN_SPARSE_TOKENS = 128
-"""Below, the support is too large a share of a row for sparse products to pay."""
-MAX_DENSITY = 1 / 8
+MAX_DENSITY = 0.6
 """Share of non-zero weights up to which sparse products are quicker than dense ones."""
-MAX_SUPPORT = 256
+MAX_SUPPORT = 512
 """Mean size of the supports that are kept at most: this bounds the memory at large N."""
 MAX_TORCH_SCORES = 2**24
 """Scores of a block in torch, where the backward pass computes them again; fewer are kept as they are."""
@@ -129,11 +128,9 @@ def _groups(heads: int, tokens: int) -> tuple[int, int]:
 
 
 def _capacity(heads: int, tokens: int) -> int:
-    """Entries of supports that a group keeps."""
-    if tokens < MIN_SPARSE_TOKENS:
-        return 0
+    """Entries of supports that a group keeps, with room for a row and a vector more."""
     group, _ = _groups(heads, tokens)
-    return int(group * tokens * min(tokens * MAX_DENSITY, MAX_SUPPORT)) + tokens
+    return int(group * tokens * min(tokens * MAX_DENSITY, MAX_SUPPORT)) + tokens + 16
 
 
 @torch.library.custom_op("vitcmp::entmax_attention", mutates_args=())
@@ -141,35 +138,30 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> list[Tensor]:
     """The output, and what the backward pass needs: maxima, thresholds, supports, and which groups are dense."""
     from vitcmp.attention import _entmax_cpu as cpu
 
-    result = all_out, all_top, all_tau, all_index, all_weight, all_ends, all_dense = _outputs(q, k, v, alpha)
-    heads, tokens, _ = q.shape
+    result = all_out, *_, all_dense = _outputs(q, k, v, alpha)
+    heads, tokens, width = q.shape
     group, rows = _groups(heads, tokens)
-    factor = (alpha - 1) * q.shape[-1] ** -0.5
-    r = (1 / (alpha - 1)).numpy()
+    factor, r = ((alpha - 1) * width**-0.5).numpy(), (1 / (alpha - 1)).numpy()
+    values, out, top, tau, index, weight, ends = (x.numpy() for x in (v, *result[:-1]))
+    share = MAX_DENSITY * tokens
 
-    def run(number: int, part: slice) -> None:
-        out, top, tau, ends = (x[part] for x in (all_out, all_top, all_tau, all_ends))
-        index, weight = all_index[number], all_weight[number]
-        scaled, keys, values = q[part] * factor[part, None, None], k[part].transpose(-2, -1), v[part]
-        is_dense, used = not index.numel(), 0
+    def run(number: int, part: slice, scratch: Tensor) -> None:
+        keys, is_dense, used, first = k[part].transpose(-2, -1), False, 0, part.start
         for block in _blocks(tokens, rows):
-            z = scaled[:, block] @ keys
-            top[:, block] = z.amax(dim=-1)
-            views = z.numpy(), top[:, block].numpy(), r[part]
+            z = _product(q[part, block], keys, scratch)
             if not is_dense:
-                limit = min(len(index) - tokens, used + int(MAX_DENSITY * z.numel()))
                 used = cpu.forward_sparse(
-                    *views, values.numpy(), out[:, block].numpy(), tau[:, block].numpy(), index.numpy(),
-                    weight.numpy(), ends[:, block].numpy(), used, limit,
+                    z.numpy(), first, block.start, factor, r, values, out, top, tau, index, weight, ends, number, used,
+                    share,
                 )  # fmt: skip
                 is_dense = used < 0
             if is_dense:
-                cpu.forward_dense(*views, tau[:, block].numpy())
-                out[:, block] = z @ values
+                cpu.forward_dense(z.numpy(), first, block.start, factor, r, top, tau)
+                all_out[part, block] = z @ v[part]
         all_dense[number] = is_dense
 
-    _run(run, heads, group)
-    return result
+    _run(run, q, group, rows)
+    return list(result)
 
 
 @_attend.register_fake
@@ -197,33 +189,29 @@ def _backward(
     heads, tokens, width = q.shape
     group, rows = _groups(heads, tokens)
     scale = width**-0.5
-    factor = (alpha - 1) * scale
-    r = (1 / (alpha - 1)).numpy()
-    all_top, all_tau, all_index, all_weight, all_ends, all_dense = saved
-    gradients = [torch.zeros_like(x) for x in (q, k, v, alpha)]
+    factor, r = ((alpha - 1) * scale).numpy(), (1 / (alpha - 1)).numpy()
+    gradients = [torch.empty_like(q), *(torch.zeros_like(x) for x in (k, v, alpha))]
+    inputs, results = [x.numpy() for x in (q, k, v, dout)], [x.numpy() for x in gradients]
+    top, tau, index, weight, ends, dense = (x.numpy() for x in saved)
 
-    def run(number: int, part: slice) -> None:
-        dq, dk, dv, dalpha = (x[part] for x in gradients)
-        if not all_dense[number]:
-            scaled, keys = q[part] * scale, k[part] * scale
-            inputs = [x.numpy() for x in (scaled, keys, v[part], dout[part])]
-            cpu.backward_sparse(  # type: ignore[call-arg]
-                *inputs, r[part], all_index[number].numpy(), all_weight[number].numpy(), all_ends[part].numpy(),
-                dq.numpy(), dk.numpy(), dv.numpy(), dalpha.numpy(), with_alpha,
-            )  # fmt: skip
+    def run(number: int, part: slice, scratch: Tensor) -> None:
+        first, last = part.start, min(part.stop, heads)
+        if not dense[number]:
+            cpu.backward_sparse(*inputs, first, last, r, scale, index, weight, ends, number, *results, with_alpha)
             return
-        scaled, keys, values = q[part] * factor[part, None, None], k[part].transpose(-2, -1), v[part].transpose(-2, -1)
+        dq, dk, dv, _ = (x[part] for x in gradients)
+        keys, values = k[part].transpose(-2, -1), v[part].transpose(-2, -1)
         for block in _blocks(tokens, rows):
-            p, upstream = scaled[:, block] @ keys, dout[part, block]
-            cpu.weights(p.numpy(), all_top[part, block].numpy(), all_tau[part, block].numpy(), r[part])
+            queries, upstream = q[part, block], dout[part, block]
+            p = _product(queries, keys, scratch)
+            cpu.weights(p.numpy(), first, block.start, factor, r, top, tau)
             dv += p.transpose(-2, -1) @ upstream
             dz = upstream @ values
-            cpu.backward_dense(p.numpy(), dz.numpy(), r[part], dalpha.numpy(), with_alpha)
-            dz *= scale
+            cpu.backward_dense(p.numpy(), dz.numpy(), first, r, scale, results[-1], with_alpha)
             dq[:, block] = dz @ k[part]
-            dk += dz.transpose(-2, -1) @ q[part, block]
+            dk += dz.transpose(-2, -1) @ queries
 
-    _run(run, heads, group)
+    _run(run, q, group, rows)
     return gradients
 
 
@@ -236,10 +224,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*inputs, *output[1:])
+    ctx.set_materialize_grads(False)  # else zeros for the supports, as large as their room
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     q, k, v, alpha, *saved = ctx.saved_tensors
+    if gradients[0] is None:
+        return (None,) * 4
     if not torch.is_grad_enabled():
         return tuple(_backward(gradients[0].contiguous(), q, k, v, alpha, saved, ctx.needs_input_grad[3]))
     # Someone will differentiate the gradients: torch can.
@@ -263,17 +254,32 @@ def _blocks(tokens: int, rows: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
 
 
-def _run(task: Callable[[int, slice], None], heads: int, group: int) -> None:
-    """`task(number, heads)` for every group, on as many threads as torch uses; the result depends on neither."""
+def _product(queries: Tensor, keys: Tensor, scratch: Tensor) -> Tensor:
+    """queries @ keys, in memory that is at hand: fresh memory would cost as much as the product."""
+    shape = *queries.shape[:2], keys.shape[2]
+    return torch.bmm(queries, keys, out=scratch[: math.prod(shape)].view(shape))
+
+
+def _run(task: Callable[[int, slice, Tensor], None], q: Tensor, group: int, rows: int) -> None:
+    """`task(number, heads, scratch)` for every group, on as many threads as torch uses; the result depends on neither.
+
+    Each thread has a scratch for a block of scores.
+    """
+    heads, tokens, _ = q.shape
     parts = [slice(start, start + group) for start in range(0, heads, group)]
-    threads = min(torch.get_num_threads(), len(parts))
+    queue, threads = iter(enumerate(parts)), min(torch.get_num_threads(), len(parts))
+
+    def work(_: int = 0) -> None:
+        scratch = q.new_empty(group * rows * tokens)
+        for number, part in queue:
+            task(number, part, scratch)
+
     if threads == 1:
-        for number, part in enumerate(parts):
-            task(number, part)
+        work()
         return
     # The modes are a thread's own.
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-    list(_pool(threads, os.getpid()).map(mode()(task), range(len(parts)), parts))
+    list(_pool(threads, os.getpid()).map(mode()(work), range(threads)))
 
 
 @cache

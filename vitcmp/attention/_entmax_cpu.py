@@ -1,285 +1,694 @@
 """Rows of alpha-entmax on the CPU, compiled by numba: thresholds, sparse products, and their gradients.
 
-Every kernel takes a group of heads g with scores `z` [G, R, N]: rows of queries, scaled by alpha - 1, so that
-p = [z - tau]_+ ^ r with r = 1 / (alpha - 1). The kernels hold no locks and no state; threads call them on groups of
-their own. NaN and infinite scores give NaN, never a plausible answer; a NaN value reaches the rows that attend to it.
+Every kernel takes products `z` [G, R, N] of R queries and all keys, of a group of heads: with a row's maximum `top`,
+factor = (alpha - 1) / sqrt(K) and r = 1 / (alpha - 1), weights are p = [factor (z - top) - tau]_+ ^ r. All other arrays
+are whole, [heads, N, ...], and contiguous; `first` is the group's first head, `start` its first query. The kernels hold
+no locks and no state; threads call them on groups of their own. NaN and infinite scores give NaN, never a plausible
+answer; a NaN value reaches the rows that attend to it.
+
+The rows are cut into vectors by hand, since the compiler alone does not find them: a `Vector` has LANES lanes and lives
+in registers, one of 512 bits or as many narrower ones as the processor needs. Vectors and numbers mix under
++ - * / > <, a number counting for all lanes. Arrays are addressed by their flat place, without bounds checks.
 """
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
-from numba import float32, int32, njit, types
-from numba.extending import intrinsic, overload
+from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
+from numba import config, njit, types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, overload, register_model
 
-# Sums may be reordered, so that they vectorise. Not `nnan`, `ninf`: a diverging model must show.
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
-
-
-@intrinsic
-def _as_int(typing, x):  # type: ignore[no-untyped-def]  # noqa: ANN
-    """The bits of an fp32 number as an integer."""
-    return int32(float32), lambda context, builder, _, args: builder.bitcast(args[0], context.get_value_type(int32))
-
-
-@intrinsic
-def _as_float(typing, x):  # type: ignore[no-untyped-def]  # noqa: ANN
-    """The fp32 number with these bits."""
-    return float32(int32), lambda context, builder, _, args: builder.bitcast(args[0], context.get_value_type(float32))
+LANES = 16
+COMPRESSES = not config.CPU_NAME and bool(get_host_cpu_features().get("avx512f"))  # type: ignore[attr-defined]
+"""Whether the processor packs the chosen lanes of a vector of 32-bit numbers with one instruction."""
+INT32, LANE_BITS = ir.IntType(32), ir.IntType(LANES)
 
 
-def power(x, r):  # type: ignore[no-untyped-def]
-    """x ^ r for x >= 0 (0 at 0); for fp32 in a form that vectorises, to 1e-7 times r."""
+class Vector(types.Type):
+    """LANES numbers, or truth values."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(f"Vector({dtype})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, ir.VectorType(manager[vector.dtype].get_value_type(), LANES))
+
+
+def _spread(context: Any, builder: Any, x: Any, kind: Any, vector: Vector) -> Any:
+    """A number as a vector; a vector stays."""
+    if isinstance(kind, Vector):
+        return x
+    x = context.cast(builder, x, kind, vector.dtype)
+    none = ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined)
+    one = builder.insert_element(none, x, INT32(0))
+    return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
+
+
+def _places(context: Any, builder: Any, first: Any) -> Any:
+    """first, first + 1, ... of type int32."""
+    first = _spread(context, builder, first, types.intp, Vector(types.int32))
+    return builder.add(first, ir.Constant(first.type, list(range(LANES))))
+
+
+def _pointer(context: Any, builder: Any, kind: Any, array: Any, place: Any) -> Any:
+    data = context.make_array(kind)(context, builder, value=array).data
+    item = ir.VectorType(context.get_value_type(kind.dtype), LANES)
+    return builder.bitcast(builder.gep(data, [place]), item.as_pointer())
+
+
+def _call(builder: Any, name: str, dtype: Any, result: Any, *args: Any, fastmath: tuple[str, ...] = ()) -> Any:
+    """Calls LLVM's intrinsic of this name for vectors of this type."""
+    name = name.format(f"v{LANES}{'f' if isinstance(dtype, types.Float) else 'i'}{dtype.bitwidth}")
+    kind = ir.FunctionType(result, [x.type for x in args])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, args, fastmath=fastmath)
+
+
+def _operation(function: Callable[..., Any], floating: Any, integer: Any = None, truth: bool = False) -> None:
+    """Makes `function` work for a vector with a vector or a number."""
+
+    @infer_global(function)
+    class Operation(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            found = [x for x in args if isinstance(x, Vector)]
+            if not found or not all(isinstance(x, types.Number | Vector) for x in args):
+                return None
+            return signature(Vector(types.boolean) if truth else found[0], *args)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = next(x for x in sig.args if isinstance(x, Vector))
+        a, b = (_spread(context, builder, x, kind, vector) for x, kind in zip(args, sig.args, strict=True))
+        return (floating if isinstance(vector.dtype, types.Float) else integer)(builder, a, b)
+
+    for kinds in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(function, *kinds)(lower)
+
+
+def larger(a, b):  # type: ignore[no-untyped-def]
+    """The larger one of each lane; b where either is NaN."""
     raise NotImplementedError
 
 
-@overload(power, inline="never")
-def _power(x, r):  # type: ignore[no-untyped-def]
-    if x != types.float32:
-        return lambda x, r: x**r if x > 0 else x * 0
+_operation(operator.add, ir.IRBuilder.fadd, ir.IRBuilder.add)
+_operation(operator.sub, ir.IRBuilder.fsub, ir.IRBuilder.sub)
+_operation(operator.mul, ir.IRBuilder.fmul, ir.IRBuilder.mul)
+_operation(operator.truediv, ir.IRBuilder.fdiv)
+_operation(operator.lshift, None, ir.IRBuilder.shl)
+_operation(operator.rshift, None, ir.IRBuilder.ashr)
+# True where either is NaN, so that a NaN is never dropped.
+_operation(operator.gt, lambda builder, a, b: builder.fcmp_unordered(">", a, b), truth=True)
+_operation(operator.lt, lambda builder, a, b: builder.fcmp_unordered("<", a, b), truth=True)
+_operation(larger, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 
-    def fast(x, r):  # type: ignore[no-untyped-def]
-        # log2: x = 2^e m with m in [0.71, 1.42), log2(m) by the series of atanh((m - 1) / (m + 1)).
-        bits = _as_int(float32(x))
-        e = (bits - int32(0x3F3504F3)) >> int32(23)
-        t = _as_float(bits - (e << int32(23)))
-        t = (t - float32(1)) / (t + float32(1))
+
+@intrinsic
+def splat(typing, x, array):  # type: ignore[no-untyped-def]
+    """A vector of x, in the array's number format."""
+    vector = Vector(array.dtype)
+    return vector(x, array), lambda context, builder, sig, args: _spread(context, builder, args[0], x, vector)
+
+
+@intrinsic
+def load(typing, array, place):  # type: ignore[no-untyped-def]
+    """The array's elements from `place` on."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.load(_pointer(context, builder, array, *args), align=array.dtype.bitwidth // 8)
+
+    return Vector(array.dtype)(array, types.intp), build
+
+
+@intrinsic
+def load_part(typing, array, place, n, fill):  # type: ignore[no-untyped-def]
+    """As `load`, but reads the first n elements only; the other lanes are `fill`."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        pointer = _pointer(context, builder, array, *args[:2])
+        rest = _spread(context, builder, args[3], fill, Vector(array.dtype))
+        mask = builder.icmp_signed(">", _spread(context, builder, args[2], types.intp, Vector(types.int32)),
+                                   ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES))))  # fmt: skip
+        align = INT32(array.dtype.bitwidth // 8)
+        return _call(builder, "llvm.masked.load.{}.p0", array.dtype, rest.type, pointer, align, mask, rest)
+
+    return Vector(array.dtype)(array, types.intp, types.intp, fill), build
+
+
+@intrinsic
+def store(typing, array, place, x):  # type: ignore[no-untyped-def]
+    """Writes x from `place` on."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        value = _spread(context, builder, args[2], x, Vector(array.dtype))
+        builder.store(value, _pointer(context, builder, array, *args[:2]), align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, x), build
+
+
+@intrinsic
+def store_part(typing, array, place, n, x):  # type: ignore[no-untyped-def]
+    """As `store`, but writes the first n lanes only."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        value = _spread(context, builder, args[3], x, Vector(array.dtype))
+        mask = builder.icmp_signed(">", _spread(context, builder, args[2], types.intp, Vector(types.int32)),
+                                   ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES))))  # fmt: skip
+        align = INT32(array.dtype.bitwidth // 8)
+        pointer = _pointer(context, builder, array, *args[:2])
+        _call(builder, "llvm.masked.store.{}.p0", array.dtype, ir.VoidType(), value, pointer, align, mask)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.intp, x), build
+
+
+@intrinsic
+def append(typing, array, place, x, mask):  # type: ignore[no-untyped-def]
+    """Writes the lanes of x where `mask` is true one after the other from `place` on, then anything up to LANES."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        target, place, value, chosen = args
+        if COMPRESSES and x.dtype.bitwidth == 32:
+            rest = ir.Constant(value.type, ir.Undefined)
+            value = _call(builder, "llvm.experimental.vector.compress.{}", x.dtype, value.type, value, chosen, rest)
+            builder.store(value, _pointer(context, builder, array, target, place), align=4)
+            return context.get_dummy_value()
+        data = context.make_array(array)(context, builder, value=target).data
+        for lane in range(LANES):
+            builder.store(builder.extract_element(value, INT32(lane)), builder.gep(data, [place]))
+            place = builder.add(place, builder.zext(builder.extract_element(chosen, INT32(lane)), place.type))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, x, mask), build
+
+
+@intrinsic
+def places(typing, first):  # type: ignore[no-untyped-def]
+    """first, first + 1, ... as int32."""
+    return Vector(types.int32)(types.intp), lambda context, builder, sig, args: _places(context, builder, args[0])
+
+
+@intrinsic
+def count(typing, mask):  # type: ignore[no-untyped-def]
+    """The number of true lanes."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.zext(builder.ctpop(builder.bitcast(args[0], LANE_BITS)), ir.IntType(64))
+
+    return types.int64(mask), build
+
+
+@intrinsic
+def where(typing, mask, a, b):  # type: ignore[no-untyped-def]
+    """a where `mask` is true, b elsewhere; one of them may be a number."""
+    vector = a if isinstance(a, Vector) else b
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.select(args[0], *(_spread(context, builder, x, kind, vector)
+                                         for x, kind in zip(args[1:], (a, b), strict=True)))  # fmt: skip
+
+    return vector(mask, a, b), build
+
+
+@intrinsic
+def total_of(typing, x):  # type: ignore[no-untyped-def]
+    """The sum of the lanes."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        item = context.get_value_type(x.dtype)
+        return _call(builder, "llvm.vector.reduce.fadd.{}", x.dtype, item, item(-0.0), *args, fastmath=("reassoc",))
+
+    return x.dtype(x), build
+
+
+@intrinsic
+def largest(typing, x):  # type: ignore[no-untyped-def]
+    """The largest lane, NaN apart."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return _call(builder, "llvm.vector.reduce.fmax.{}", x.dtype, context.get_value_type(x.dtype), *args)
+
+    return x.dtype(x), build
+
+
+def _unary(name: str, *dtypes: Any, emit: Any = None) -> Any:
+    @intrinsic
+    def function(typing, x):  # type: ignore[no-untyped-def]
+        result = Vector(dtypes[0]) if dtypes else x
+
+        def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            kind = context.get_value_type(result)
+            return emit(builder, args[0], kind) if emit else _call(builder, name, x.dtype, kind, *args)
+
+        return result(x), build
+
+    return function
+
+
+sqrt = _unary("llvm.sqrt.{}")
+log = _unary("llvm.log.{}")
+exp = _unary("llvm.exp.{}")
+bits = _unary("", types.int32, emit=ir.IRBuilder.bitcast)
+from_bits = _unary("", types.float32, emit=ir.IRBuilder.bitcast)
+to_int = _unary("", types.int32, emit=ir.IRBuilder.fptosi)
+to_float = _unary("", types.float32, emit=ir.IRBuilder.sitofp)
+
+
+# The rows.
+
+# Sums may be reordered. Not `nnan`, `ninf`: a diverging model must show.
+options: dict[str, Any] = {
+    "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "no_cfunc_wrapper": True,
+}  # fmt: skip
+inner, kernel = njit(**options | {"no_cpython_wrapper": True}), njit(**options | {"cache": True})
+ROWS = 8
+"""Rows whose thresholds are searched together."""
+TOP = 4 * LANES
+"""Entries of a row that bound its threshold from below."""
+
+
+def log2(x):  # type: ignore[no-untyped-def]
+    """The logarithm of each lane of x > 0."""
+    raise NotImplementedError
+
+
+def power(x, r):  # type: ignore[no-untyped-def]
+    """x ^ r for x >= 0 (0 at 0); in fp32 to 1e-7 times r."""
+    raise NotImplementedError
+
+
+@overload(log2)
+def _log2(x):  # type: ignore[no-untyped-def]
+    if x.dtype != types.float32:
+        return lambda x: log(x) * (1 / math.log(2))
+
+    def fast(x):  # type: ignore[no-untyped-def]
+        # x = 2^e m with m in [0.71, 1.42), log2(m) by the series of atanh((m - 1) / (m + 1)).
+        e = (bits(x) - 0x3F3504F3) >> 23
+        m = from_bits(bits(x) - (e << 23))
+        t = (m - 1.0) / (m + 1.0)
         s = t * t
-        series = float32(1) + s * (float32(1 / 3) + s * (float32(1 / 5) + s * (float32(1 / 7) + s * float32(1 / 9))))
-        y = float32(r) * (float32(e) + float32(2.8853900817779268) * t * series)
-        # exp2: y = n + f with f in [-0.5, 0.5], 2^f by its Taylor series.
-        y = min(max(y, float32(-126)), float32(126))
-        n = int32(y + float32(256.5)) - int32(256)
-        f = (y - float32(n)) * float32(0.6931471805599453)
-        tail = float32(1 / 24) + f * (float32(1 / 120) + f * float32(1 / 720))
-        two_f = float32(1) + f * (float32(1) + f * (float32(1 / 2) + f * (float32(1 / 6) + f * tail)))
-        result = two_f * _as_float((n + int32(127)) << int32(23))
-        return result if x > float32(0) else float32(0)
+        return to_float(e) + t * (2 / math.log(2)) * ((((s / 9 + 1 / 7) * s + 1 / 5) * s + 1 / 3) * s + 1.0)
 
     return fast
 
 
-@compiled
-def _sums(z, tau, r):  # type: ignore[no-untyped-def]
-    """Sum of [z - tau]_+ ^ r, and of the same to the power r - 1."""
-    zero = z.dtype.type(0)
-    total, slope = zero, zero
+@overload(power)
+def _power(x, r):  # type: ignore[no-untyped-def]
+    if x.dtype != types.float32:
+        return lambda x, r: where(x > 0, exp(log(x) * r), 0.0)
+
+    def fast(x, r):  # type: ignore[no-untyped-def]
+        y = larger(log2(x) * r, -126.0)
+        # 2^y: y = n + f with f in [-0.5, 0.5], 2^f by its Taylor series.
+        n = to_int(y + 256.5) - 256
+        f = (y - to_float(n)) * math.log(2)
+        tail = (f * (1 / 720) + 1 / 120) * f + 1 / 24
+        two_f = (((tail * f + 1 / 6) * f + 1 / 2) * f + 1.0) * f + 1.0
+        # A NaN is below 0, as vectors compare; its bits have been taken for a number.
+        return where(x < 0, x, where(x > 0, two_f * from_bits((n + 127) << 23), 0.0))
+
+    return fast
+
+
+@inner
+def _powers(d, r, zero):  # type: ignore[no-untyped-def]
+    """d ^ (r - 1) and d ^ r of the positive lanes; 0 for the others."""
+    d = larger(zero, d)
     if r == 2:
-        for j in range(len(z)):
-            d = max(z[j] - tau, zero)
-            total += d * d
-            slope += d
-    elif r == 1:
-        for j in range(len(z)):
-            d = max(z[j] - tau, zero)
-            total += d
-            slope += z.dtype.type(1) if d > 0 else zero
-    else:
-        for j in range(len(z)):
-            d = max(z[j] - tau, zero)
-            low = power(d, r - z.dtype.type(1))
-            slope += low
-            total += low * d
-    return total, slope
+        return d, d * d
+    if r == 1:
+        return where(d > 0, zero + 1.0, zero), d
+    if r == 4:
+        square = d * d
+        return square * d, square * square
+    low = power(d, r - 1)
+    return low, low * d
 
 
-@compiled
-def _threshold(z, r, tokens):  # type: ignore[no-untyped-def]
-    """tau of one row, given its entries above -1 with the maximum at 0.
+@inner
+def _sums(x, at, n, tau, r):  # type: ignore[no-untyped-def]
+    """Sum of [x - tau]_+ ^ r over n entries, and of the same to the power r - 1."""
+    zero = splat(0.0, x)
+    total, slope = zero, zero
+    for e in range(at, at + n, LANES):
+        low, high = _powers(load(x, e) - tau, r, zero)
+        slope, total = slope + low, total + high
+    return total_of(total), total_of(slope)
 
-    Newton's method on the norm (sum of [z - tau]_+ ^ r) ^ (1 / r) = 1, from the left: for r >= 1 the norm is convex and
-    nearly linear in tau, so few steps do and none overshoots. For r < 1 it has infinite slopes, where Newton's steps
-    vanish: there every other step halves the bracket between -1, where the largest entry alone weighs 1, and
-    -tokens^(-1/r), where all that are as large would.
+
+@inner
+def _step(x, at, n, tau, r):  # type: ignore[no-untyped-def]
+    """A step of Newton's method on the norm (sum of [x - tau]_+ ^ r) ^ (1 / r) = 1, for r >= 1.
+
+    It is convex and nearly linear in tau, so few steps from the left do and none overshoots.
     """
-    one = z.dtype.type(1)
-    low, high = -one, z.dtype.type(-(tokens ** (-1.0 / r)))
-    tolerance = 2 * np.finfo(z.dtype).eps
+    one = x.dtype.type(1)
+    total, slope = _sums(x, at, n, tau, r)
+    if r == 2:
+        return (total - np.sqrt(total)) / slope
+    if r == 1:
+        return (total - one) / slope
+    if r == 4:
+        return (total - np.sqrt(total) * np.sqrt(np.sqrt(total))) / slope
+    return (total - largest(power(splat(total, x), one - one / r))) / slope
+
+
+@inner
+def _bracketed(x, at, n, r, tokens):  # type: ignore[no-untyped-def]
+    """The threshold for r < 1, where the norm has infinite slopes and Newton's steps vanish.
+
+    There every other step halves the bracket between -1, where the largest entry alone weighs 1, and -tokens^(-1/r),
+    where all that are as large would.
+    """
+    one = x.dtype.type(1)
+    low, high = -one, -(x.dtype.type(tokens) ** (-one / r))
     tau = low
     for step in range(200):
-        total, slope = _sums(z, tau, r)
+        total, slope = _sums(x, at, n, tau, r)
         if total >= one:
             low = tau
-        else:
+        elif total < one:
             high = tau
+        else:
+            return total
         following = tau + (total - total ** (one - one / r)) / slope
-        if r < one and (step % 2 == 1 or not low < following < high):
-            following = (low + high) / 2
-        if high - low <= tolerance or (r >= one and abs(following - tau) <= tolerance):
+        if step % 2 == 1 or not low < following < high:
+            following = (low + high) / x.dtype.type(2)
+        if high - low <= 2 * np.finfo(x.dtype).eps:
             return following
         tau = following
     return tau
 
 
-@compiled
-def _candidates(row, top, value, where):  # type: ignore[no-untyped-def]
-    """Entries that may be in the support, shifted by the row's maximum: their values, their places, their number."""
-    n = 0
-    for j in range(len(row)):
-        x = row[j] - top
-        value[n] = x
-        where[n] = j
-        n += x > -1
-    return n
+@inner
+def _maxima(z, at, tokens, factor, x, there):  # type: ignore[no-untyped-def]
+    """The maximum of a row; x becomes the maxima of its every TOP-th entries, less that and scaled."""
+    lowest = splat(-np.inf, z)
+    a, b, c, d = lowest, lowest, lowest, lowest
+    end = at + tokens // TOP * TOP
+    for j in range(at, end, TOP):
+        a, b = larger(a, load(z, j)), larger(b, load(z, j + LANES))
+        c, d = larger(c, load(z, j + 2 * LANES)), larger(d, load(z, j + 3 * LANES))
+    rest = at + tokens - end
+    if rest:
+        a = larger(a, load_part(z, end, rest, -np.inf))
+        b = larger(b, load_part(z, end + LANES, rest - LANES, -np.inf))
+        c = larger(c, load_part(z, end + 2 * LANES, rest - 2 * LANES, -np.inf))
+        d = larger(d, load_part(z, end + 3 * LANES, rest - 3 * LANES, -np.inf))
+    top = largest(larger(larger(a, b), larger(c, d)))
+    store(x, there, (a - top) * factor)
+    store(x, there + LANES, (b - top) * factor)
+    store(x, there + 2 * LANES, (c - top) * factor)
+    store(x, there + 3 * LANES, (d - top) * factor)
+    return top
 
 
-@compiled
-def _weigh(z, shift, r):  # type: ignore[no-untyped-def]
-    """z becomes [z - shift]_+ ^ r, divided by its sum: what is left of the threshold's error is spread evenly."""
-    zero = z.dtype.type(0)
+@inner
+def _candidates(z, at, tokens, top, factor, low, x, place, there):  # type: ignore[no-untyped-def]
+    """Entries of a row that are above `low` once shifted and scaled: their values, their places, their number."""
+    n, whole = there, tokens // LANES * LANES
+    for j in range(0, whole, LANES):
+        d = (load(z, at + j) - top) * factor
+        chosen = d > low
+        append(x, n, d, chosen)
+        append(place, n, places(j), chosen)
+        n += count(chosen)
+    if whole < tokens:
+        d = (load_part(z, at + whole, tokens - whole, -np.inf) - top) * factor
+        chosen = d > low
+        append(x, n, d, chosen)
+        append(place, n, places(whole), chosen)
+        n += count(chosen)
+    store(x, n, -2.0)
+    return n - there
+
+
+@inner
+def _buffers(z):  # type: ignore[no-untyped-def]
+    """Of a few rows: candidates, their places and their numbers, maxima, thresholds."""
+    size = max(z.shape[2], TOP) + 2 * LANES
+    return (
+        np.empty((ROWS, size), z.dtype), np.empty((ROWS, size), np.int32), np.empty(ROWS, np.int64),
+        np.empty(ROWS, z.dtype), np.empty(ROWS, z.dtype),
+    )  # fmt: skip
+
+
+@inner
+def _solve(z, at, rows, factor, r, buffers):  # type: ignore[no-untyped-def]
+    """Candidates for the supports, maxima and thresholds of a few rows; NaN where scores are not finite.
+
+    Step by step for all of them: a step waits for the one before, so that the processor takes several rows' at once.
+    """
+    x, place, n, top, tau = buffers
+    tokens, size, one = z.shape[2], x.shape[1], z.dtype.type(1)
+    for i in range(rows):
+        top[i], tau[i], n[i] = _maxima(z, at + i * tokens, tokens, factor, x, i * size), -one, TOP
+    # Steps shrink quadratically, at the kinks with the power r: after one as small as this no other is needed.
+    eps = np.finfo(z.dtype).eps
+    tolerance = max(one / 4 * eps ** (one / min(r, one * 2)), one * 2 * eps)
+    # The threshold of a few entries is below that of all. So is that of a larger power, since distances are at most 1:
+    # a simple one makes the first steps cheap.
+    simple = one if r <= 1 else one * 2 if r <= 2 else one * 4 if r <= 4 else r
+    for stage in range(3 if r >= 1 else 0):
+        if stage == 2:
+            for i in range(rows):
+                n[i] = _candidates(z, at + i * tokens, tokens, top[i], factor, tau[i], x, place, i * size)
+        for _ in range(3 if stage == 0 else int(r != simple) if stage == 1 else 100):
+            last = z.dtype.type(0)
+            for i in range(rows):
+                step = _step(x, i * size, n[i], tau[i], r if stage else simple)
+                tau[i] += step
+                last = max(last, abs(step))
+            if stage == 2 and last <= tolerance:
+                break
+    if r < 1:
+        for i in range(rows):
+            n[i] = _candidates(z, at + i * tokens, tokens, top[i], factor, tau[i], x, place, i * size)
+            tau[i] = _bracketed(x, i * size, n[i], r, tokens)
+
+
+@inner
+def _weigh(x, at, n, tau, r):  # type: ignore[no-untyped-def]
+    """x becomes [x - tau]_+ ^ r, divided by its sum: what is left of the threshold's error is spread evenly."""
+    zero = splat(0.0, x)
     total = zero
-    if r == 2:
-        for j in range(len(z)):
-            d = max(z[j] - shift, zero)
-            z[j] = d * d
-            total += z[j]
-    elif r == 1:
-        for j in range(len(z)):
-            z[j] = max(z[j] - shift, zero)
-            total += z[j]
-    else:
-        for j in range(len(z)):
-            z[j] = power(max(z[j] - shift, zero), r)
-            total += z[j]
-    scale = z.dtype.type(1) / total
-    for j in range(len(z)):
-        z[j] *= scale
+    for e in range(at, at + n, LANES):
+        _, p = _powers(load(x, e) - tau, r, zero)
+        store(x, e, p)
+        total = total + p
+    scale = x.dtype.type(1) / total_of(total)
+    for e in range(at, at + n, LANES):
+        store(x, e, load(x, e) * scale)
 
 
-@compiled
-def forward_sparse(z, top, r, v, out, tau, index, weight, ends, used, limit):  # type: ignore[no-untyped-def]
-    """Thresholds and outputs; the support is appended to `index` and `weight` after the first `used` entries.
+@inner
+def _combine(out, at, width, v, head, index, weight, shift, begin, end):  # type: ignore[no-untyped-def]
+    """Writes the weighted sum of rows of v; entry e weighs weight[e - shift], its row is at `head` + index[e] width."""
+    c = 0
+    while c + TOP <= width:
+        zero = splat(0.0, out)
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for e in range(begin, end):
+            w, source = weight[e - shift], head + index[e] * width + c
+            s0, s1 = s0 + load(v, source) * w, s1 + load(v, source + LANES) * w
+            s2, s3 = s2 + load(v, source + 2 * LANES) * w, s3 + load(v, source + 3 * LANES) * w
+        store(out, at + c, s0)
+        store(out, at + c + LANES, s1)
+        store(out, at + c + 2 * LANES, s2)
+        store(out, at + c + 3 * LANES, s3)
+        c += TOP
+    while c < width:
+        total = splat(0.0, out)
+        for e in range(begin, end):
+            total = total + load_part(v, head + index[e] * width + c, width - c, 0.0) * weight[e - shift]
+        store_part(out, at + c, width - c, total)
+        c += LANES
 
-    Returns the entries used after it, or -1 as soon as they pass `limit`: rows are too dense for this.
+
+@kernel
+def forward_sparse(z, first, start, factor, r, v, out, top, tau, index, weight, ends, number, used, share):  # type: ignore[no-untyped-def]
+    """Thresholds and outputs; the support is appended to row `number` of `index` and `weight` after `used` entries.
+
+    Returns the entries used after it, or -1 as soon as there is no room or a row has more than `share` on average.
     """
     heads, rows, tokens = z.shape
-    value, where = np.empty(tokens, z.dtype), np.empty(tokens, np.int32)
+    width, buffers = v.shape[2], _buffers(z)
+    x, place, n, tops, lows = buffers
+    size, indices, weights = x.shape[1], index[number], weight[number]
+    before, limit = used, len(indices) - tokens - LANES
     for g in range(heads):
-        for i in range(rows):
-            start = used
-            out[g, i] = 0
-            if not np.isfinite(top[g, i]):
-                out[g, i], tau[g, i], ends[g, i] = np.nan, np.nan, used
-                continue
-            n = _candidates(z[g, i], top[g, i], value, where)
-            tau[g, i] = _threshold(value[:n], r[g], tokens)
-            _weigh(value[:n], tau[g, i], r[g])
-            for j in range(n):
-                index[used] = where[j]
-                weight[used] = value[j]
-                used += value[j] > 0
-            ends[g, i] = used
-            if used > limit:
+        head = first + g
+        for i in range(0, rows, ROWS):
+            few = min(ROWS, rows - i)
+            _solve(z, (g * rows + i) * tokens, few, factor[head], r[head], buffers)
+            for j in range(few):
+                _weigh(x, j * size, n[j], lows[j], r[head])
+            # One loop each, so that no row's last step delays the next row's first.
+            begin = used
+            for j in range(few):
+                query = start + i + j
+                top[head, query], tau[head, query] = tops[j], lows[j]
+                if np.isfinite(lows[j]):
+                    for e in range(j * size, j * size + n[j], LANES):
+                        p = load(x, e)
+                        chosen = p > 0
+                        append(weights, used, p, chosen)
+                        append(indices, used, load(place, e), chosen)
+                        used += count(chosen)
+                ends[head, query] = used
+                if used > limit:
+                    return -1
+            if used - before > share * (g * rows + i + few + ROWS):
                 return -1
-            for e in range(start, used):
-                w, source = weight[e], v[g, index[e]]
-                for c in range(len(source)):
-                    out[g, i, c] += w * source[c]
+            for j in range(few):
+                query = start + i + j
+                end, at = ends[head, query], (head * tokens + query) * width
+                _combine(out, at, width, v, head * tokens * width, indices, weights, 0, begin, end)
+                if begin == end:
+                    out[head, query] = np.nan
+                begin = end
     return used
 
 
-@compiled
-def forward_dense(z, top, r, tau):  # type: ignore[no-untyped-def]
-    """Thresholds; the scores become weights."""
+@kernel
+def forward_dense(z, first, start, factor, r, top, tau):  # type: ignore[no-untyped-def]
+    """Maxima and thresholds; the scores become weights."""
     heads, rows, tokens = z.shape
-    value, where = np.empty(tokens, z.dtype), np.empty(tokens, np.int32)
+    buffers = _buffers(z)
+    for g in range(heads):
+        for i in range(0, rows, ROWS):
+            few, at = min(ROWS, rows - i), start + i
+            _solve(z, (g * rows + i) * tokens, few, factor[first + g], r[first + g], buffers)
+            for j in range(few):
+                top[first + g, at + j], tau[first + g, at + j] = buffers[3][j], buffers[4][j]
+    weights(z, first, start, factor, r, top, tau)
+
+
+@kernel
+def weights(z, first, start, factor, r, top, tau):  # type: ignore[no-untyped-def]
+    """The scores become weights, with thresholds found before."""
+    heads, rows, tokens = z.shape
+    x = np.empty(tokens + LANES, z.dtype)
+    for g in range(heads):
+        head = first + g
+        for i in range(rows):
+            at, highest, low = (g * rows + i) * tokens, top[head, start + i], tau[head, start + i]
+            if not np.isfinite(low):
+                z[g, i] = np.nan
+                continue
+            for j in range(0, tokens, LANES):
+                store(x, j, (load_part(z, at + j, tokens - j, -np.inf) - highest) * factor[head])
+            _weigh(x, 0, tokens, low, r[head])
+            for j in range(0, tokens, LANES):
+                store_part(z, at + j, tokens - j, load(x, j))
+
+
+@inner
+def _gradient(p, at, dp, there, n, r, scale, shares, with_alpha):  # type: ignore[no-untyped-def]
+    """dp, the gradient of the weights p of one row, becomes that of its scores times `scale`; returns that of alpha.
+
+    With s = p^(2 - alpha) on the support and p' = s / sum(s): dz = s (dp - sum(p' dp)); with h = -p ln p, dalpha is
+    the sum of dp ((p - p') / (alpha - 1)^2 + (h - p' sum(h)) / (alpha - 1))  (Correia et al., 2019, section 3.1).
+    """
+    zero, exponent = splat(0.0, p), p.dtype.type(1) - p.dtype.type(1) / r
+    total, mean, plain, entropy, weighed = zero, zero, zero, zero, zero
+    for e in range(0, n, LANES):
+        w, d = load_part(p, at + e, n - e, 0.0), load_part(dp, there + e, n - e, 0.0)
+        s = sqrt(w) if r == 2 else where(w > 0, zero + 1.0, zero) if r == 1 else power(w, exponent)
+        store(shares, e, s)
+        total, mean = total + s, mean + s * d
+        if with_alpha:
+            h = where(w > 0, log2(w) * w * -math.log(2), 0.0)
+            plain, entropy, weighed = plain + w * d, entropy + h, weighed + h * d
+    balance = total_of(mean) / total_of(total)
+    for e in range(0, n, LANES):
+        d = load_part(dp, there + e, n - e, 0.0) - balance
+        store_part(dp, there + e, n - e, load(shares, e) * d * scale)
+    return (total_of(plain) - balance) * r * r + (total_of(weighed) - balance * total_of(entropy)) * r
+
+
+@kernel
+def backward_dense(p, dp, first, r, scale, dalpha, with_alpha):  # type: ignore[no-untyped-def]
+    """dp becomes the gradient of the scores; that of each head's alpha is added to `dalpha`."""
+    heads, rows, tokens = p.shape
+    shares = np.empty(tokens + LANES, p.dtype)
     for g in range(heads):
         for i in range(rows):
-            tau[g, i] = np.nan
-            if np.isfinite(top[g, i]):
-                n = _candidates(z[g, i], top[g, i], value, where)
-                tau[g, i] = _threshold(value[:n], r[g], tokens)
-    weights(z, top, tau, r)
+            at = (g * rows + i) * tokens
+            dalpha[first + g] += _gradient(p, at, dp, at, tokens, r[first + g], p.dtype.type(scale), shares, with_alpha)
 
 
-@compiled
-def weights(z, top, tau, r):  # type: ignore[no-untyped-def]
-    """The scores become weights, with thresholds found before."""
-    for g in range(z.shape[0]):
-        for i in range(z.shape[1]):
-            if np.isfinite(tau[g, i]):
-                # Two differences, as in the search: top + tau would round large scores.
-                for j in range(z.shape[2]):
-                    z[g, i, j] -= top[g, i]
-                _weigh(z[g, i], tau[g, i], r[g])
-            else:
-                z[g, i] = np.nan
+@inner
+def _products(dp, n, dout, at, v, head, index, begin, width):  # type: ignore[no-untyped-def]
+    """dp becomes the products of a row of dout with n rows of v."""
+    dp[:n] = 0
+    c = 0
+    while c + TOP <= width:
+        a, b = load(dout, at + c), load(dout, at + c + LANES)
+        d, f = load(dout, at + c + 2 * LANES), load(dout, at + c + 3 * LANES)
+        for e in range(n):
+            source = head + index[begin + e] * width + c
+            near, far = load(v, source) * a + load(v, source + LANES) * b, load(v, source + 2 * LANES) * d
+            dp[e] += total_of(near + far + load(v, source + 3 * LANES) * f)
+        c += TOP
+    while c < width:
+        a = load_part(dout, at + c, width - c, 0.0)
+        for e in range(n):
+            dp[e] += total_of(a * load_part(v, head + index[begin + e] * width + c, width - c, 0.0))
+        c += LANES
 
 
-@compiled
-def _gradient(p, dp, r):  # type: ignore[no-untyped-def]
-    """dp, the gradient of one row's weights, becomes that of its scores; returns sum(p dp) and sum(p' dp).
-
-    With s = p^(2 - alpha) on the support and p' = s / sum(s): dz = s (dp - sum(p' dp)).
-    """
-    zero, one = p.dtype.type(0), p.dtype.type(1)
-    exponent = one - one / r
-    total, mean = zero, zero
-    for j in range(len(p)):
-        s = np.sqrt(p[j]) if r == 2 else (one if p[j] > 0 else zero) if r == 1 else power(p[j], exponent)
-        total += s
-        mean += s * dp[j]
-    mean /= total
-    plain = zero
-    for j in range(len(p)):
-        s = np.sqrt(p[j]) if r == 2 else (one if p[j] > 0 else zero) if r == 1 else power(p[j], exponent)
-        plain += p[j] * dp[j]
-        dp[j] = s * (dp[j] - mean)
-    return plain, mean
-
-
-@compiled
-def _entropy(p, dp):  # type: ignore[no-untyped-def]
-    """Sums of h and of h dp, with h = -p ln p."""
-    total, weighed = p.dtype.type(0), p.dtype.type(0)
-    for j in range(len(p)):
-        if p[j] > 0:
-            h = -p[j] * np.log(p[j])
-            total += h
-            weighed += h * dp[j]
-    return total, weighed
+@inner
+def _scatter(total, x, at, width, head, index, weight, shift, begin, end):  # type: ignore[no-untyped-def]
+    """Adds a row of x, weighted, to rows of `total`: what `_combine` does, transposed."""
+    c = 0
+    while c + TOP <= width:
+        a, b = load(x, at + c), load(x, at + c + LANES)
+        d, f = load(x, at + c + 2 * LANES), load(x, at + c + 3 * LANES)
+        for e in range(begin, end):
+            w, there = weight[e - shift], head + index[e] * width + c
+            store(total, there, load(total, there) + a * w)
+            store(total, there + LANES, load(total, there + LANES) + b * w)
+            store(total, there + 2 * LANES, load(total, there + 2 * LANES) + d * w)
+            store(total, there + 3 * LANES, load(total, there + 3 * LANES) + f * w)
+        c += TOP
+    while c < width:
+        a = load_part(x, at + c, width - c, 0.0)
+        for e in range(begin, end):
+            there = head + index[e] * width + c
+            store_part(total, there, width - c, load_part(total, there, width - c, 0.0) + a * weight[e - shift])
+        c += LANES
 
 
-@compiled
-def _row_gradient(p, dp, r, with_alpha):  # type: ignore[no-untyped-def]
-    """As `_gradient`, but returns the gradient of alpha (Correia et al., 2019, section 3.1).
-
-    The sum of dp ((p - p') / (alpha - 1)^2 + (h - p' sum(h)) / (alpha - 1)), with h = -p ln p.
-    """
-    entropy, weighed = _entropy(p, dp) if with_alpha else (p.dtype.type(0), p.dtype.type(0))
-    plain, mean = _gradient(p, dp, r)
-    return (plain - mean) * r * r + (weighed - mean * entropy) * r
-
-
-@compiled
-def backward_dense(p, dp, r, dalpha, with_alpha):  # type: ignore[no-untyped-def]
-    """dp becomes the gradient of the scores; that of each head's alpha is added to `dalpha`."""
-    for g in range(p.shape[0]):
-        for i in range(p.shape[1]):
-            dalpha[g] += _row_gradient(p[g, i], dp[g, i], r[g], with_alpha)
-
-
-@compiled
-def backward_sparse(q, k, v, dout, r, index, weight, ends, dq, dk, dv, dalpha, with_alpha):  # type: ignore[no-untyped-def]
-    """Adds all gradients, from the support alone; q is scaled like the scores that gave the weights."""
-    begin, width = 0, q.shape[2]
-    dp = np.empty(k.shape[1], q.dtype)
-    for g in range(q.shape[0]):
-        for i in range(q.shape[1]):
-            n = ends[g, i] - begin
-            p, row = weight[begin : begin + n], dp[:n]
-            for e in range(n):
-                total, source = q.dtype.type(0), v[g, index[begin + e]]
-                for c in range(width):
-                    total += dout[g, i, c] * source[c]
-                row[e] = total
+@kernel
+def backward_sparse(q, k, v, dout, first, last, r, scale, index, weight, ends, number, dq, dk, dv, dalpha, with_alpha):  # type: ignore[no-untyped-def]
+    """The gradient of q, and what is added to the others', from the support alone."""
+    _, tokens, width = q.shape
+    dp, shares = np.empty(tokens + LANES, q.dtype), np.empty(tokens + LANES, q.dtype)
+    indices, weights = index[number], weight[number]
+    begin = 0
+    for h in range(first, last):
+        head = h * tokens * width
+        for i in range(tokens):
+            at, end = head + i * width, ends[h, i]
+            n = end - begin
             if n == 0:  # the scores were not finite
-                dq[g, i], dk[g], dv[g], dalpha[g] = np.nan, np.nan, np.nan, np.nan
+                dq[h, i], dk[h], dv[h], dalpha[h] = np.nan, np.nan, np.nan, np.nan
                 continue
-            dalpha[g] += _row_gradient(p, row, r[g], with_alpha)
-            for e in range(n):
-                j, w, ds = index[begin + e], p[e], row[e]
-                for c in range(width):
-                    dq[g, i, c] += ds * k[g, j, c]
-                    dk[g, j, c] += ds * q[g, i, c]
-                    dv[g, j, c] += w * dout[g, i, c]
-            begin = ends[g, i]
+            _products(dp, n, dout, at, v, head, indices, begin, width)
+            dalpha[h] += _gradient(weights, begin, dp, 0, n, r[h], q.dtype.type(scale), shares, with_alpha)
+            _combine(dq, at, width, k, head, indices, dp, begin, begin, end)
+            _scatter(dk, q, at, width, head, indices, dp, begin, begin, end)
+            _scatter(dv, dout, at, width, head, indices, weights, 0, begin, end)
+            begin = end
