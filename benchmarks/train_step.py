@@ -36,7 +36,7 @@ from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
 from vitcmp.metrics.inference import micro_batch
 from vitcmp.models.vit import ViT
-from vitcmp.workflows.train import Schedule, keeps_memory, make_optimizer, train_step
+from vitcmp.workflows.train import Schedule, keeps_memory, lanes, make_optimizer, train_step
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,8 @@ class Side:
     model: str
     precision: str = "fp32"
     micro_batch: int = 128
+    lanes: bool = True
+    """Of vitcmp's own: parts of a batch beside each other, where the workflow would."""
     fused: bool = False
     """AdamW in one kernel."""
     keep: bool = False
@@ -149,6 +151,7 @@ def choose_sides(config: RunConfig, like_for_like: str | None, compiled: bool, s
             "in micro-batches of 32" if large else "in whole batches": replace(
                 ours, micro_batch=32 if large else batch_size
             ),
+            "one lane": replace(ours, lanes=False),
             "plain AdamW": replace(ours, fused=False),
             "explicit scores": replace(ours, impl="merged"),
             "fused attention": replace(ours, impl="fused"),
@@ -189,10 +192,12 @@ def make_step(side: Side, config: RunConfig, data: Data) -> Callable[[], object]
     if side.compiled:
         model = torch.compile(model)  # type: ignore[assignment]
     schedule, steps = Schedule(c, len(data.train) // c.batch_size), count()
+    in_parts = side.micro_batch < c.batch_size
+    num_lanes = lanes(config, CPU, side.precision, in_parts) if side.lanes and not side.compiled else 1
 
     def ours() -> None:
         schedule.set_lr(optimizer, next(steps))
-        train_step(model, next(batches), optimizer, c, side.micro_batch, side.precision)
+        train_step(model, next(batches), optimizer, c, side.micro_batch, side.precision, num_lanes)
 
     def plain() -> None:
         batch = next(batches)

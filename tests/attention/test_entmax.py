@@ -219,6 +219,16 @@ def test_numba_has_no_weights_to_drop() -> None:
         attention.load("entmax:impl=numba").build(make_layer(dropout=0.1))
 
 
+def test_what_the_kernels_for_cuda_cannot_do_is_an_error() -> None:
+    with pytest.raises(AttentionError, match="alpha up to 2, not 3"):
+        attention.load("entmax:alpha=3,impl=triton").build(make_layer())
+    with pytest.raises(AttentionError, match="no weights to drop"):
+        attention.load("sparsemax:impl=triton").build(make_layer(dropout=0.1))
+    q = torch.zeros(1, 4, 4, 4)
+    with pytest.raises(AttentionError, match="needs CUDA"):
+        make_block("entmax:impl=triton").core(q, q, q)
+
+
 def test_entmax_has_its_known_limits() -> None:
     from entmax import sparsemax
 

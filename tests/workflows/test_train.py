@@ -203,19 +203,21 @@ def make_batch(size: int, dtype: torch.dtype = torch.float64) -> Batch:
     return Batch(torch.randn(size, 1, 8, 8, dtype=dtype), labels, others, torch.rand(size, dtype=dtype))
 
 
-def gradients(size: int, **settings: Any) -> tuple[dict[str, Tensor], float, float]:
+def gradients(size: int, num_lanes: int = 1, **settings: Any) -> tuple[dict[str, Tensor], float, float]:
     model = build_model("tiny", image_size=8, channels=1, attention="softmax").double().train()
     config = TrainConfig(**settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    loss, correct = train_step(model, make_batch(20), optimizer, config, size, "fp32")
+    loss, correct = train_step(model, make_batch(20), optimizer, config, size, "fp32", num_lanes)
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, loss.item(), correct.item()
 
 
-@pytest.mark.parametrize("size", [1, 3, 8, 20, 64])
+@pytest.mark.parametrize(("size", "num_lanes"), [(1, 1), (3, 1), (8, 1), (20, 1), (64, 1), (3, 2), (20, 2), (64, 3)])
 @pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_micro_batches_give_the_gradients_of_the_whole(size: int, clip: float) -> None:
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(size: int, num_lanes: int, clip: float) -> None:
     whole, loss, correct = gradients(20, grad_clip=clip)
-    parts, parts_loss, parts_correct = gradients(size, grad_clip=clip)
+    parts, parts_loss, parts_correct = gradients(size, num_lanes, grad_clip=clip)
+    again, *_ = gradients(size, num_lanes, grad_clip=clip)
+    assert all(torch.equal(parts[name], again[name]) for name in parts)
     assert parts.keys() == whole.keys()
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-6, atol=1e-12)
@@ -342,6 +344,27 @@ def test_our_adamw_is_torchs() -> None:
 )
 def test_freed_memory_is_kept_where_it_pays(device: str, precision: str, in_parts: bool, kept: bool) -> None:
     assert train.keeps_memory(torch.device(device), precision, in_parts) is kept
+
+
+@pytest.mark.parametrize(
+    ("threads", "precision", "in_parts", "settings", "wanted"),
+    [
+        (2, "fp32", False, {}, 2),
+        (2, "bf16", True, {}, 2),
+        (2, "bf16", False, {}, 1),
+        (1, "fp32", False, {}, 1),
+        (16, "fp32", False, {}, 1),
+        (2, "fp32", False, {"dropout": 0.1}, 1),
+        (2, "fp32", False, {"compile": True}, 1),
+    ],
+)
+def test_lanes_are_used_where_they_pay(
+    monkeypatch: pytest.MonkeyPatch, threads: int, precision: str, in_parts: bool, settings: dict[str, Any], wanted: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    config = resolve_run({"dataset": "fake", **settings})
+    assert train.lanes(config, torch.device("cpu"), precision, in_parts) == wanted
+    assert train.lanes(config, torch.device("mps"), precision, in_parts) == 1
 
 
 def test_the_schedule_has_its_values() -> None:

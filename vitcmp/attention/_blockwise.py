@@ -166,13 +166,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
+    q, k, v, share = inputs = ctx.saved_tensors
     if not torch.is_grad_enabled():
-        gradients = _backward(dout.contiguous(), *inputs, ctx.bias)
+        gradients = _backward(dout.contiguous(), q, k, v, share, ctx.bias)
         return (*gradients, *[None] * (5 - len(gradients)))
     # Someone will differentiate the gradients: torch can.
     leaves = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(attend_at_once(*inputs, ctx.bias), leaves, dout, create_graph=True))
+    found = iter(torch.autograd.grad(attend_at_once(q, k, v, share, ctx.bias), leaves, dout, create_graph=True))
     return (*[next(found) if x is not None and x.requires_grad else None for x in inputs], None)
 
 

@@ -9,11 +9,7 @@ Elsewhere, and for second derivatives, the same in torch.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Barrier
 from typing import Any
 
 import torch
@@ -21,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
+
+from vitcmp.attention._threads import pool
 
 MAX_SCORES = 2**17
 """Scores of a block on the CPU, so that they stay in a core's cache from one product to the next."""
@@ -279,20 +277,4 @@ def _run(task: Callable[[int, slice, Tensor], None], q: Tensor, group: int, rows
         return
     # The modes are a thread's own.
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-    list(_pool(threads, os.getpid()).map(mode()(work), range(threads)))
-
-
-@cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads whose own matrix products are of one thread each; a forked child gets its own."""
-    total = torch.get_num_threads()
-
-    def begin() -> None:
-        torch.get_num_threads()  # else torch would take the others' number at this thread's first operation
-        torch.set_num_threads(1)
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="entmax", initializer=begin)
-    started = Barrier(threads)
-    list(pool.map(lambda _: started.wait(), range(threads)))
-    torch.set_num_threads(total)
-    return pool
+    list(pool(threads).map(mode()(work), range(threads)))

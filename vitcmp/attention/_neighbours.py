@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._multihead import wide
+from vitcmp.attention._threads import pool
 
 MIN_RESULTS = 2**13
 """Numbers in a result below which a second thread costs more than it brings."""
@@ -60,7 +58,7 @@ def product(kind: str, x: Tensor, y: Tensor, links: list[Tensor]) -> Tensor:
         return out
     # Each thread fills rows of its own, so the result does not depend on their number.
     cuts = [rows * number // threads for number in range(threads + 1)]
-    list(_pool(threads, os.getpid()).map(lambda begin, end: kernel(*arrays, begin, end), cuts[:-1], cuts[1:]))
+    list(pool(threads).map(lambda begin, end: kernel(*arrays, begin, end), cuts[:-1], cuts[1:]))
     return out
 
 
@@ -68,12 +66,6 @@ def product(kind: str, x: Tensor, y: Tensor, links: list[Tensor]) -> Tensor:
 def _result(kind: str, x: Tensor, y: Tensor, links: list[Tensor]) -> Tensor:
     rows = len(links[3]) - 1 if kind == "spread" else x.shape[1]
     return y.new_empty(len(x), rows, links[0].shape[1] if kind == "scores" else y.shape[2])
-
-
-@cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """A forked child gets its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="neighbours")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

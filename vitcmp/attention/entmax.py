@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ PAPER = "https://arxiv.org/abs/1905.05702"
 COST = "O(N^2 K)"
 ROW_STOCHASTIC = True
 
-Impl = Literal["auto", "numba", "torch", "package"]
+Impl = Literal["auto", "numba", "torch", "triton", "package"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Config:
     alpha: float | Literal["learned"] = 1.5
     """1 (softmax) to 4, beyond which digits are lost; 2 is sparsemax; learned: one a head in 1.01 to 1.99, from 1.5."""
     impl: Impl = "auto"
-    """auto: numba on the CPU, torch elsewhere; package: the entmax package (sorting, or bisection)."""
+    """auto: numba on the CPU, torch elsewhere; triton: on CUDA, for alpha up to 2, memory grows with N, but it has not
+    run on a GPU yet; package: the entmax package (sorting, or bisection)."""
 
 
 class EntmaxAttention(nn.Module):
@@ -58,6 +60,8 @@ class EntmaxAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dtype, dropout = v.dtype, self.dropout if self.training else 0.0
         with torch.autocast(q.device.type, enabled=False):
+            if self.impl == "triton":
+                return self._triton(q, k, v)
             q, k, v = wide(q), wide(k), wide(v)
             alpha = self.alpha(q)
             if self.impl == "package":
@@ -66,6 +70,17 @@ class EntmaxAttention(nn.Module):
                 return attend_on_cpu(q, k, v, alpha).to(dtype)
             convex = self.fixed_alpha == "learned" or self.fixed_alpha <= 2
             return attend_in_torch(q, k, v, alpha, convex, dropout).to(dtype)
+
+    def _triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not q.is_cuda or find_spec("triton") is None:
+            raise AttentionError("entmax: impl=triton needs CUDA and the package triton; leave impl at auto")
+        from vitcmp.attention import _entmax_triton as kernels
+
+        if not kernels.available(q, k, v):
+            raise AttentionError(f"entmax: impl=triton has no kernel for {q.dtype}, head width {q.shape[-1]} on this "
+                                 "GPU; leave impl at auto")  # fmt: skip
+        alpha = self.fixed_alpha
+        return kernels.attend(q, k, v, self.alpha(q.new_empty(0, dtype=torch.float32)) if alpha == "learned" else alpha)
 
     def _package(self, scores: Tensor) -> Tensor:
         import entmax
@@ -87,9 +102,11 @@ def build(layer: LayerConfig, config: Config) -> nn.Module:
             DegenerateWarning,
             2,
         )
-    if config.impl == "numba" and layer.dropout:
-        raise AttentionError(f"entmax: impl=numba keeps no weights to drop; set attention_dropout ({layer.dropout}) to "
-                             "0, or impl to torch")  # fmt: skip
+    if config.impl in ("numba", "triton") and layer.dropout:
+        raise AttentionError(f"entmax: impl={config.impl} keeps no weights to drop; set attention_dropout "
+                             f"({layer.dropout}) to 0, or impl to torch")  # fmt: skip
+    if config.impl == "triton" and config.alpha != "learned" and config.alpha > 2:
+        raise AttentionError(f"entmax: impl=triton takes alpha up to 2, not {config.alpha}; leave impl at auto")
     if config.alpha == 1:  # the limit has a closed form
         return MultiHead(layer, SoftmaxAttention("auto", layer.dropout))
     return MultiHead(layer, EntmaxAttention(config.alpha, layer.num_heads, config.impl, layer.dropout))

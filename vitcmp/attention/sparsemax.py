@@ -22,7 +22,8 @@ ROW_STOCHASTIC = True
 @dataclass(frozen=True)
 class Config:
     impl: entmax.Impl = "auto"
-    """auto: numba on the CPU, torch elsewhere; package: the entmax package (sorting)."""
+    """auto: numba on the CPU, torch elsewhere; triton: on CUDA, memory grows with N, but it has not run on a GPU yet;
+    package: the entmax package (sorting)."""
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

@@ -28,6 +28,12 @@ class Batch:
     share: Tensor
     """[B]: 1 without mixing."""
 
+    def split(self, size: int) -> list[Batch]:
+        """Parts of `size` images, the last one perhaps smaller. Where nothing is mixed, both labels stay one tensor."""
+        images, labels, share = self.images.split(size), self.labels.split(size), self.share.split(size)
+        others = labels if self.other_labels is self.labels else self.other_labels.split(size)
+        return [Batch(*part) for part in zip(images, labels, others, share, strict=True)]
+
 
 class Normalise:
     """uint8 (or 0..255 float) images to float with mean 0 and standard deviation 1, resized if need be."""

@@ -6,13 +6,14 @@ last.safetensors, state.pt (all that a resumed run needs to be the same run) and
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitcmp import attention, machine, store
 from vitcmp.attention import DegenerateWarning
+from vitcmp.attention._threads import pool
 from vitcmp.configs import RunConfig, RuntimeConfig, TrainConfig, UserError, resolve_run
 from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
@@ -215,8 +217,10 @@ def _train_and_test(
     c = config.train
     model.to(device)
     size = micro_batch(model, device, c.batch_size) if c.micro_batch == "auto" else min(c.micro_batch, c.batch_size)
-    if keeps_memory(device, metrics["precision_used"], size < c.batch_size):
+    precision, in_parts = metrics["precision_used"], size < c.batch_size
+    if keeps_memory(device, precision, in_parts):
         machine.keep_freed_memory()
+    num_lanes = lanes(config, device, precision, in_parts)
     compiled = c.compile and _can_compile(device, listen)
     metrics |= {
         "params_m": complexity.parameters_m(model),
@@ -245,7 +249,7 @@ def _train_and_test(
         start = time.perf_counter()
         for step, batch in enumerate(pipeline.epoch(c.batch_size, seed_of(c.seed, f"data {epoch}"))):
             lr = schedule.set_lr(state.optimizer, epoch * steps_an_epoch + step)
-            loss, correct = train_step(step_model, batch, state.optimizer, c, size, metrics["precision_used"])
+            loss, correct = train_step(step_model, batch, state.optimizer, c, size, precision, num_lanes)
             for module in counting:
                 cast(Any, module).after_optimizer_step()
             if state.ema is not None:
@@ -308,30 +312,81 @@ def keeps_memory(device: torch.device, precision: str, in_parts: bool) -> bool:
     return device.type == "cpu" and (precision == "bf16" or not in_parts)
 
 
+def lanes(config: RunConfig, device: torch.device, precision: str, in_parts: bool) -> int:
+    """How many parts of a batch are computed beside each other, each on its share of the threads.
+
+    Threads that share one operation wait for each other after it, those with parts of their own do not: on two cores
+    that is worth a fifth. But parts share Python's interpreter, which holds up many of them, and the small operations
+    of bf16 in whole batches. And random masks would depend on who draws first.
+    """
+    m = config.model
+    is_random = m.dropout or m.attention_dropout or m.drop_path
+    fits = device.type == "cpu" and 2 <= torch.get_num_threads() <= 4 and (precision == "fp32" or in_parts)
+    return 2 if fits and not is_random and not config.train.compile else 1
+
+
 def train_step(
-    model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer, config: TrainConfig, size: int, precision: str
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    size: int,
+    precision: str,
+    num_lanes: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step on one batch, `size` images at a time: the gradients are those of the whole batch.
 
-    Returns the mean loss and how many predictions were right, on the device.
+    With several lanes, parts of the batch are computed at the same time. Returns the mean loss and how many predictions
+    were right, on the device.
     """
     optimizer.zero_grad()
-    total = len(batch.labels)
-    loss_sum, correct = torch.zeros((), device=batch.images.device), torch.zeros((), device=batch.images.device)
-    all_labels = batch.labels.split(size)
-    # The same tensors where nothing is mixed: the loss sees that without asking the device.
-    all_others = all_labels if batch.other_labels is batch.labels else batch.other_labels.split(size)
-    for images, labels, others, share in zip(batch.images.split(size), all_labels, all_others, batch.share.split(size)):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(images)
-        loss = mixed_cross_entropy(logits, labels, others, share, config.label_smoothing).sum() / total
-        loss.backward()
-        loss_sum += loss.detach()
-        correct += (logits.detach().argmax(dim=1) == labels).sum()
+    scale = 1 / len(batch.labels)
+    if num_lanes == 1:
+        loss, correct = (torch.zeros((), device=batch.images.device) for _ in range(2))
+        for part_loss, part_correct in _losses(model, batch, config, size, precision, scale):
+            part_loss.backward()
+            loss, correct = loss + part_loss.detach(), correct + part_correct
+    else:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def work(part: Batch) -> list[Tensor]:
+            return _gradients(parameters, _losses(model, part, config, size, precision, scale))
+
+        parts = batch.split(-(-len(batch.labels) // num_lanes))
+        done = pool(num_lanes, torch.get_num_threads() // num_lanes).map(work, parts)
+        loss, correct, *gradients = functools.reduce(_add, done)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
     if config.grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     optimizer.step()
-    return loss_sum, correct
+    return loss, correct
+
+
+def _losses(
+    model: nn.Module, batch: Batch, config: TrainConfig, size: int, precision: str, scale: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of `size` images at a time: the sum of the losses times `scale`, and how many predictions are right."""
+    for part in batch.split(size):
+        with torch.autocast(part.images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(part.images)
+        losses = mixed_cross_entropy(logits, part.labels, part.other_labels, part.share, config.label_smoothing)
+        yield losses.sum() * scale, (logits.detach().argmax(dim=1) == part.labels).sum()
+
+
+def _gradients(parameters: list[nn.Parameter], losses: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The sums of losses and right predictions, and of the gradients of each parameter."""
+    sums: list[Tensor] = []
+    for loss, correct in losses:
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        more = [loss.detach(), correct, *found]
+        sums = _add(sums, more) if sums else more
+    return sums
+
+
+def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    # Not in place: what autograd returns may be one tensor for two parameters.
+    return list(torch._foreach_add(a, b))
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, share: Tensor, smoothing: float) -> Tensor:
