@@ -353,7 +353,7 @@ def train_step(
             return _gradients(parameters, _losses(model, part, config, size, precision, scale))
 
         parts = batch.split(-(-len(batch.labels) // num_lanes))
-        done = pool(num_lanes, torch.get_num_threads() // num_lanes).map(work, parts)
+        done = pool(num_lanes, max(1, torch.get_num_threads() // num_lanes)).map(work, parts)
         loss, correct, *gradients = functools.reduce(_add, done)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
