@@ -13,6 +13,7 @@ worker process, each call's peak memory in a process of its own. A ratio is the 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -27,7 +28,8 @@ from vitcmp.configs import BenchConfig, RuntimeConfig, resolve_run
 from vitcmp.metrics.statistics import is_tie, paired_ratio
 from vitcmp.workflows import bench
 
-PEERS = Path(__file__).parent / "peers"
+PEERS = Path(os.path.relpath(Path(__file__).parent / "peers"))
+"""Relative, as it stands in the records."""
 SPARSE = ("entmax", "sparsemax", "entmax:alpha=1.3")
 RIVALS = {
     "softmax": ("softmax:impl=fused", "softmax_paper"),
