@@ -315,9 +315,9 @@ def keeps_memory(device: torch.device, precision: str, in_parts: bool) -> bool:
 def lanes(config: RunConfig, device: torch.device, precision: str, in_parts: bool) -> int:
     """How many parts of a batch are computed beside each other, each on its share of the threads.
 
-    Threads that share one operation wait for each other after it, those with parts of their own do not: on two cores
-    that is worth a fifth. But parts share Python's interpreter, which holds up many of them, and the small operations
-    of bf16 in whole batches. And random masks would depend on who draws first.
+    Threads that share one operation wait for each other after it, those with parts of their own do not. But parts share
+    Python's interpreter, which holds up many of them, and the small operations of bf16 in whole batches. And random
+    masks would depend on who draws first.
     """
     m = config.model
     is_random = m.dropout or m.attention_dropout or m.drop_path
@@ -399,7 +399,7 @@ def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, share: T
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW without the wrappers of these methods: they import torch's compiler, which takes a second."""
+    """torch's AdamW without the wrappers of these methods: they import torch's compiler, which takes long."""
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
