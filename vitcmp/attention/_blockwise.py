@@ -26,8 +26,8 @@ BLOCK_SCORES = {"cpu": 2**20, "cuda": 2**26}
 """Scores of a block: as many as caches hold; on a GPU, as many as keep it busy."""
 MIN_QUERIES = 32
 """Queries of a block at least, or its matrix products are thin."""
-MIN_TOKENS = 48
-"""Below, weights are few, and quicker kept than computed again."""
+MIN_TOKENS = 128
+"""Below, weights of one map are few, and quicker kept than computed again; of two maps, below half as many."""
 
 
 def attend(
@@ -37,7 +37,7 @@ def attend(
     maps = 1 if share is None else 2
     # The first axis counts maps: [M, B, H, N, K / M].
     q, k = (x.unflatten(-1, (maps, -1)).movedim(-2, 0) for x in (q, k))
-    if dropout or q.device.type not in BLOCK_SCORES or q.shape[-2] < MIN_TOKENS:
+    if dropout or q.device.type not in BLOCK_SCORES or q.shape[-2] < MIN_TOKENS // maps:
         return attend_at_once(q, k, v, share, bias, dropout)
     flat = [x.flatten(-4, -3).contiguous() for x in (q, k, v)]
     return _attend(*flat, share, bias).unflatten(0, v.shape[:2])
