@@ -1,6 +1,6 @@
 """Every mechanism's core against its public implementations, or a plain transcription of its paper.
 
-    python benchmarks/mechanisms.py                              # all; most of an hour
+    python benchmarks/mechanisms.py                              # all; more than an hour
     python benchmarks/mechanisms.py --only performer --tokens 64 256
     python benchmarks/mechanisms.py --table                      # of the records that there are
 
