@@ -89,6 +89,15 @@ def test_levels_and_modes(tmp_path: Path, level: str) -> None:
         assert low * 0.999 <= m["work_gflop"] / (2 * 2 * m["counted_macs_g"]) <= high * 1.001
 
 
+def test_without_counts_closed_forms_and_times_are_left(tmp_path: Path) -> None:
+    counted, bare = (measure(tmp_path, ["softmax"], replace(QUICK, counts=c))[0].metrics for c in (True, False))
+    assert bare["latency_ms"] > 0
+    assert bare["macs_g"] == counted["macs_g"] > 0
+    lost = {"counted_macs_g", "ptflops_macs_g", "work_gflop", "moved_mib", "intensity_flop_byte"}
+    assert lost <= counted.keys()
+    assert not lost & bare.keys()
+
+
 def test_settings_with_several_values_are_measured_in_every_combination(tmp_path: Path) -> None:
     several = replace(QUICK, tokens="16,32", batch_size="1,2", precision="fp32,bf16", mode="forward,backward")
     cells = bench.cells_of(["softmax", "linear"], MODEL, several)
