@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from attention_cases import HEADS, WIDTH, Case, make_block, make_layer, make_qkv, relative
-from numba import njit
 from test_softmax import softmax_twin
 from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import AttentionError, DegenerateWarning, attention_map
-from vitcmp.attention import _entmax_cpu as cpu
 from vitcmp.metrics.memory import PeakMemory
 
 
@@ -260,47 +257,3 @@ def test_a_larger_alpha_is_sparser() -> None:
 def test_entmax_refuses_other_alphas(spec: str) -> None:
     with pytest.raises(AttentionError, match="alpha"):
         attention.load(spec).build(make_layer())
-
-
-@pytest.mark.parametrize("compresses", [True, False])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_chosen_lanes_are_packed(compresses: bool, dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the processor's instruction, where it has one, and without."""
-    monkeypatch.setattr(cpu, "COMPRESSES", compresses and cpu.COMPRESSES)
-
-    @njit
-    def pack(x, found, place):  # type: ignore[no-untyped-def]
-        n = 0
-        for j in range(0, len(x), cpu.LANES):
-            part = cpu.load_part(x, j, len(x) - j, -1.0)
-            chosen = part > 0
-            cpu.append(found, n, part, chosen)
-            cpu.append(place, n, cpu.places(j), chosen)
-            n += cpu.count(chosen)
-        return n
-
-    x = np.random.default_rng(0).normal(size=50).astype(dtype)
-    x[7] = np.nan  # is not dropped
-    found, place = np.zeros(70, dtype), np.zeros(70, np.int32)
-    n = pack(x, found, place)
-    wanted = np.flatnonzero(~(x <= 0))
-    np.testing.assert_array_equal(place[:n], wanted)
-    np.testing.assert_array_equal(found[:n], x[wanted])
-
-
-def test_a_vector_meets_numbers_and_nan() -> None:
-    @njit
-    def mix(x, out):  # type: ignore[no-untyped-def]
-        a = cpu.load(x, 0)
-        cpu.store(out, 0, cpu.larger(0.0, (a * 2 - 1) / 4))
-        cpu.store_part(out, cpu.LANES, 3, cpu.where(a > 0, a, -1.0))
-        return cpu.total_of(a), cpu.largest(a)
-
-    x, out = np.linspace(-1, 2, cpu.LANES, dtype=np.float32), np.zeros(2 * cpu.LANES, np.float32)
-    total, largest = mix(x, out)
-    np.testing.assert_allclose((total, largest), (x.sum(), x.max()), rtol=1e-6)
-    np.testing.assert_allclose(out[: cpu.LANES], np.maximum(0, (x * 2 - 1) / 4), rtol=1e-6)
-    np.testing.assert_array_equal(out[cpu.LANES :], [-1, -1, -1, *[0] * (cpu.LANES - 3)])
-    x[5] = np.nan
-    mix(x, out)
-    assert np.flatnonzero(np.isnan(out)).tolist() == [5]

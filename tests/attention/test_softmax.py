@@ -1,11 +1,17 @@
-"""Softmax attention: three forms of one function."""
+"""Softmax attention: four forms of one function."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from attention_cases import DIM, Case, make_block, relative
+from numba import njit
 from torch import Tensor, nn
+
+from vitcmp.attention import _simd, _softmax_cpu
+from vitcmp.attention._softmax import attend, attend_at_once
 
 
 def softmax_twin(core: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -14,7 +20,10 @@ def softmax_twin(core: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bhjk->bhik", weights, v)
 
 
-CASES = [Case(spec, softmax_twin) for spec in ("softmax", *(f"softmax:impl={i}" for i in ("naive", "merged", "fused")))]
+CASES = [
+    Case(spec, softmax_twin)
+    for spec in ("softmax", *(f"softmax:impl={i}" for i in ("naive", "merged", "fused", "numba")))
+]
 
 
 @pytest.mark.parametrize("tokens", [17, 197])
@@ -25,7 +34,93 @@ def test_the_forms_of_softmax_agree(dtype: torch.dtype, tolerance: float, tokens
     for end in ("weight", "bias"):
         state[f"qkv.{end}"] = torch.cat([state.pop(f"{part}.{end}") for part in "qkv"])
     x = torch.randn(2, tokens, DIM, dtype=dtype)
-    for form in ("merged", "fused", "auto"):
+    for form in ("merged", "fused", "numba", "auto"):
         other = make_block(f"softmax:impl={form}").to(dtype)
         other.load_state_dict(state)
         assert relative(other(x), naive(x)) < tolerance
+
+
+def strided(batch: int, heads: int, tokens: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k and v as the projections hand them over, and the output's gradient."""
+    x = torch.randn(batch, tokens, 3 * heads * width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    qkv = [1.5 * part.view(batch, tokens, heads, width).transpose(1, 2) for part in x.chunk(3, dim=-1)]
+    return [*(part.requires_grad_() for part in qkv), torch.randn_like(qkv[0])]
+
+
+def with_gradients(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 3), (16, 16), (33, 7), (65, 12), (100, 64), (257, 16)])
+def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        inputs = strided(2, 3, tokens, width, dtype)
+        exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
+        for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), exact, strict=True):
+            assert ours.dtype == dtype
+            # One token's scores have no gradient.
+            assert (ours - wanted).norm() <= tolerance * max(float(wanted.norm()), 1.0)
+
+
+def test_the_kernels_need_no_instruction_for_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = strided(1, 2, 21, 5, torch.bfloat16)
+    quick = with_gradients(lambda *x: attend(*x)[0], *inputs)
+    # Compiled anew, and not taken from numba's cache.
+    plain = {name: njit(getattr(_softmax_cpu, name).py_func, nogil=True) for name in ("forward", "backward")}
+    monkeypatch.setattr(_simd, "MULTIPLIES_PAIRS", False)
+    for name, kernel in plain.items():
+        monkeypatch.setattr(_softmax_cpu, name, kernel)
+    for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), quick, strict=True):
+        assert relative(ours, wanted) < 4e-3
+    assert all(kernel.signatures for kernel in plain.values())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+def test_scores_of_any_size(scale: float) -> None:
+    q, k, v, dout = strided(1, 2, 50, 8, torch.float32)
+    inputs = q * scale, k, v, dout
+    exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
+    for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), exact, strict=True):
+        # A score of 1e4 has an error of 1e-3 in fp32, whoever computes it.
+        assert relative(ours, wanted) < max(1e-5, 1e-6 * scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_query_spoils_its_own_row_alone(bad: float) -> None:
+    q, k, v, _ = (x.detach() for x in strided(1, 2, 20, 8, torch.float32))
+    fine = attend(q, k, v)[0]
+    q = q.clone()
+    q[0, 1, 3, 2] = bad
+    found = attend(q, k, v)[0]
+    assert found[0, 1, 3].isnan().all()
+    found[0, 1, 3] = fine[0, 1, 3]
+    assert torch.equal(found, fine)
+
+
+def test_gradients_of_gradients() -> None:
+    inputs = [x.detach().requires_grad_() for x in strided(1, 2, 9, 4, torch.float32)[:3]]
+    found = []
+    for form in (lambda *x: attend(*x)[0], attend_at_once):
+        (dq,) = torch.autograd.grad(form(*inputs).square().sum(), inputs[0], create_graph=True)
+        found.append(torch.autograd.grad(dq.square().sum(), inputs))
+    for ours, wanted in zip(*found, strict=True):
+        assert relative(ours, wanted) < 1e-4
+
+
+def test_threads_share_heads_out() -> None:
+    inputs = strided(4, 3, 65, 12, torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(with_gradients(lambda *x: attend(*x)[0], *inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+def test_attention_of_no_images() -> None:
+    assert make_block("softmax:impl=numba")(torch.zeros(0, 17, DIM)).shape == (0, 17, DIM)

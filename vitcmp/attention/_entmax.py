@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from vitcmp.attention._threads import pool
+from vitcmp.attention._threads import run_beside
 
 MAX_SCORES = 2**17
 """Scores of a block on the CPU, so that they stay in a core's cache from one product to the next."""
@@ -267,14 +267,13 @@ def _run(task: Callable[[int, slice, Tensor], None], q: Tensor, group: int, rows
     parts = [slice(start, start + group) for start in range(0, heads, group)]
     queue, threads = iter(enumerate(parts)), min(torch.get_num_threads(), len(parts))
 
-    def work(_: int = 0) -> None:
+    # The modes are a thread's own.
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+
+    @mode()
+    def work() -> None:
         scratch = q.new_empty(group * rows * tokens)
         for number, part in queue:
             task(number, part, scratch)
 
-    if threads == 1:
-        work()
-        return
-    # The modes are a thread's own.
-    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-    list(pool(threads).map(mode()(work), range(threads)))
+    run_beside(work, threads)

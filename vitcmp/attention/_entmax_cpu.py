@@ -5,320 +5,39 @@ factor = (alpha - 1) / sqrt(K) and r = 1 / (alpha - 1), weights are p = [factor 
 are whole, [heads, N, ...], and contiguous; `first` is the group's first head, `start` its first query. The kernels hold
 no locks and no state; threads call them on groups of their own. NaN and infinite scores give NaN, never a plausible
 answer; a NaN value reaches the rows that attend to it.
-
-The rows are cut into vectors by hand, since the compiler alone does not find them: a `Vector` has LANES lanes and lives
-in registers, one of 512 bits or as many narrower ones as the processor needs. Vectors and numbers mix under
-+ - * / > <, a number counting for all lanes. Arrays are addressed by their flat place, without bounds checks.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
-from numba import config, njit, types
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, overload, register_model
 
-LANES = 16
-COMPRESSES = not config.CPU_NAME and bool(get_host_cpu_features().get("avx512f"))  # type: ignore[attr-defined]
-"""Whether the processor packs the chosen lanes of a vector of 32-bit numbers with one instruction."""
-INT32, LANE_BITS = ir.IntType(32), ir.IntType(LANES)
+from vitcmp.attention._simd import (
+    LANES,
+    append,
+    count,
+    inner,
+    kernel,
+    larger,
+    largest,
+    load,
+    load_part,
+    log2,
+    places,
+    power,
+    splat,
+    sqrt,
+    store,
+    store_part,
+    total_of,
+    where,
+)  # fmt: skip
 
-
-class Vector(types.Type):
-    """LANES numbers, or truth values."""
-
-    def __init__(self, dtype: Any) -> None:
-        self.dtype = dtype
-        super().__init__(f"Vector({dtype})")
-
-
-@register_model(Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, ir.VectorType(manager[vector.dtype].get_value_type(), LANES))
-
-
-def _spread(context: Any, builder: Any, x: Any, kind: Any, vector: Vector) -> Any:
-    """A number as a vector; a vector stays."""
-    if isinstance(kind, Vector):
-        return x
-    x = context.cast(builder, x, kind, vector.dtype)
-    none = ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined)
-    one = builder.insert_element(none, x, INT32(0))
-    return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
-
-
-def _places(context: Any, builder: Any, first: Any) -> Any:
-    """first, first + 1, ... of type int32."""
-    first = _spread(context, builder, first, types.intp, Vector(types.int32))
-    return builder.add(first, ir.Constant(first.type, list(range(LANES))))
-
-
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, place: Any) -> Any:
-    data = context.make_array(kind)(context, builder, value=array).data
-    item = ir.VectorType(context.get_value_type(kind.dtype), LANES)
-    return builder.bitcast(builder.gep(data, [place]), item.as_pointer())
-
-
-def _call(builder: Any, name: str, dtype: Any, result: Any, *args: Any, fastmath: tuple[str, ...] = ()) -> Any:
-    """Calls LLVM's intrinsic of this name for vectors of this type."""
-    name = name.format(f"v{LANES}{'f' if isinstance(dtype, types.Float) else 'i'}{dtype.bitwidth}")
-    kind = ir.FunctionType(result, [x.type for x in args])
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    return builder.call(function, args, fastmath=fastmath)
-
-
-def _operation(function: Callable[..., Any], floating: Any, integer: Any = None, truth: bool = False) -> None:
-    """Makes `function` work for a vector with a vector or a number."""
-
-    @infer_global(function)
-    class Operation(AbstractTemplate):
-        def generic(self, args: Any, kws: Any) -> Any:
-            found = [x for x in args if isinstance(x, Vector)]
-            if not found or not all(isinstance(x, types.Number | Vector) for x in args):
-                return None
-            return signature(Vector(types.boolean) if truth else found[0], *args)
-
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vector = next(x for x in sig.args if isinstance(x, Vector))
-        a, b = (_spread(context, builder, x, kind, vector) for x, kind in zip(args, sig.args, strict=True))
-        return (floating if isinstance(vector.dtype, types.Float) else integer)(builder, a, b)
-
-    for kinds in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
-        lower_builtin(function, *kinds)(lower)
-
-
-def larger(a, b):  # type: ignore[no-untyped-def]
-    """The larger one of each lane; b where either is NaN."""
-    raise NotImplementedError
-
-
-_operation(operator.add, ir.IRBuilder.fadd, ir.IRBuilder.add)
-_operation(operator.sub, ir.IRBuilder.fsub, ir.IRBuilder.sub)
-_operation(operator.mul, ir.IRBuilder.fmul, ir.IRBuilder.mul)
-_operation(operator.truediv, ir.IRBuilder.fdiv)
-_operation(operator.lshift, None, ir.IRBuilder.shl)
-_operation(operator.rshift, None, ir.IRBuilder.ashr)
-# True where either is NaN, so that a NaN is never dropped.
-_operation(operator.gt, lambda builder, a, b: builder.fcmp_unordered(">", a, b), truth=True)
-_operation(operator.lt, lambda builder, a, b: builder.fcmp_unordered("<", a, b), truth=True)
-_operation(larger, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
-
-
-@intrinsic
-def splat(typing, x, array):  # type: ignore[no-untyped-def]
-    """A vector of x, in the array's number format."""
-    vector = Vector(array.dtype)
-    return vector(x, array), lambda context, builder, sig, args: _spread(context, builder, args[0], x, vector)
-
-
-@intrinsic
-def load(typing, array, place):  # type: ignore[no-untyped-def]
-    """The array's elements from `place` on."""
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return builder.load(_pointer(context, builder, array, *args), align=array.dtype.bitwidth // 8)
-
-    return Vector(array.dtype)(array, types.intp), build
-
-
-@intrinsic
-def load_part(typing, array, place, n, fill):  # type: ignore[no-untyped-def]
-    """As `load`, but reads the first n elements only; the other lanes are `fill`."""
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _pointer(context, builder, array, *args[:2])
-        rest = _spread(context, builder, args[3], fill, Vector(array.dtype))
-        mask = builder.icmp_signed(">", _spread(context, builder, args[2], types.intp, Vector(types.int32)),
-                                   ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES))))  # fmt: skip
-        align = INT32(array.dtype.bitwidth // 8)
-        return _call(builder, "llvm.masked.load.{}.p0", array.dtype, rest.type, pointer, align, mask, rest)
-
-    return Vector(array.dtype)(array, types.intp, types.intp, fill), build
-
-
-@intrinsic
-def store(typing, array, place, x):  # type: ignore[no-untyped-def]
-    """Writes x from `place` on."""
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        value = _spread(context, builder, args[2], x, Vector(array.dtype))
-        builder.store(value, _pointer(context, builder, array, *args[:2]), align=array.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp, x), build
-
-
-@intrinsic
-def store_part(typing, array, place, n, x):  # type: ignore[no-untyped-def]
-    """As `store`, but writes the first n lanes only."""
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        value = _spread(context, builder, args[3], x, Vector(array.dtype))
-        mask = builder.icmp_signed(">", _spread(context, builder, args[2], types.intp, Vector(types.int32)),
-                                   ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES))))  # fmt: skip
-        align = INT32(array.dtype.bitwidth // 8)
-        pointer = _pointer(context, builder, array, *args[:2])
-        _call(builder, "llvm.masked.store.{}.p0", array.dtype, ir.VoidType(), value, pointer, align, mask)
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp, types.intp, x), build
-
-
-@intrinsic
-def append(typing, array, place, x, mask):  # type: ignore[no-untyped-def]
-    """Writes the lanes of x where `mask` is true one after the other from `place` on, then anything up to LANES."""
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        target, place, value, chosen = args
-        if COMPRESSES and x.dtype.bitwidth == 32:
-            rest = ir.Constant(value.type, ir.Undefined)
-            value = _call(builder, "llvm.experimental.vector.compress.{}", x.dtype, value.type, value, chosen, rest)
-            builder.store(value, _pointer(context, builder, array, target, place), align=4)
-            return context.get_dummy_value()
-        data = context.make_array(array)(context, builder, value=target).data
-        for lane in range(LANES):
-            builder.store(builder.extract_element(value, INT32(lane)), builder.gep(data, [place]))
-            place = builder.add(place, builder.zext(builder.extract_element(chosen, INT32(lane)), place.type))
-        return context.get_dummy_value()
-
-    return types.none(array, types.intp, x, mask), build
-
-
-@intrinsic
-def places(typing, first):  # type: ignore[no-untyped-def]
-    """first, first + 1, ... as int32."""
-    return Vector(types.int32)(types.intp), lambda context, builder, sig, args: _places(context, builder, args[0])
-
-
-@intrinsic
-def count(typing, mask):  # type: ignore[no-untyped-def]
-    """The number of true lanes."""
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return builder.zext(builder.ctpop(builder.bitcast(args[0], LANE_BITS)), ir.IntType(64))
-
-    return types.int64(mask), build
-
-
-@intrinsic
-def where(typing, mask, a, b):  # type: ignore[no-untyped-def]
-    """a where `mask` is true, b elsewhere; one of them may be a number."""
-    vector = a if isinstance(a, Vector) else b
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return builder.select(args[0], *(_spread(context, builder, x, kind, vector)
-                                         for x, kind in zip(args[1:], (a, b), strict=True)))  # fmt: skip
-
-    return vector(mask, a, b), build
-
-
-@intrinsic
-def total_of(typing, x):  # type: ignore[no-untyped-def]
-    """The sum of the lanes."""
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        item = context.get_value_type(x.dtype)
-        return _call(builder, "llvm.vector.reduce.fadd.{}", x.dtype, item, item(-0.0), *args, fastmath=("reassoc",))
-
-    return x.dtype(x), build
-
-
-@intrinsic
-def largest(typing, x):  # type: ignore[no-untyped-def]
-    """The largest lane, NaN apart."""
-
-    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return _call(builder, "llvm.vector.reduce.fmax.{}", x.dtype, context.get_value_type(x.dtype), *args)
-
-    return x.dtype(x), build
-
-
-def _unary(name: str, *dtypes: Any, emit: Any = None) -> Any:
-    @intrinsic
-    def function(typing, x):  # type: ignore[no-untyped-def]
-        result = Vector(dtypes[0]) if dtypes else x
-
-        def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-            kind = context.get_value_type(result)
-            return emit(builder, args[0], kind) if emit else _call(builder, name, x.dtype, kind, *args)
-
-        return result(x), build
-
-    return function
-
-
-sqrt = _unary("llvm.sqrt.{}")
-log = _unary("llvm.log.{}")
-exp = _unary("llvm.exp.{}")
-bits = _unary("", types.int32, emit=ir.IRBuilder.bitcast)
-from_bits = _unary("", types.float32, emit=ir.IRBuilder.bitcast)
-to_int = _unary("", types.int32, emit=ir.IRBuilder.fptosi)
-to_float = _unary("", types.float32, emit=ir.IRBuilder.sitofp)
-
-
-# The rows.
-
-# Sums may be reordered. Not `nnan`, `ninf`: a diverging model must show.
-options: dict[str, Any] = {
-    "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "no_cfunc_wrapper": True,
-}  # fmt: skip
-inner, kernel = njit(**options | {"no_cpython_wrapper": True}), njit(**options | {"cache": True})
 ROWS = 8
 """Rows whose thresholds are searched together."""
 TOP = 4 * LANES
 """Entries of a row that bound its threshold from below."""
-
-
-def log2(x):  # type: ignore[no-untyped-def]
-    """The logarithm of each lane of x > 0."""
-    raise NotImplementedError
-
-
-def power(x, r):  # type: ignore[no-untyped-def]
-    """x ^ r for x >= 0 (0 at 0); in fp32 to 1e-7 times r."""
-    raise NotImplementedError
-
-
-@overload(log2)
-def _log2(x):  # type: ignore[no-untyped-def]
-    if x.dtype != types.float32:
-        return lambda x: log(x) * (1 / math.log(2))
-
-    def fast(x):  # type: ignore[no-untyped-def]
-        # x = 2^e m with m in [0.71, 1.42), log2(m) by the series of atanh((m - 1) / (m + 1)).
-        e = (bits(x) - 0x3F3504F3) >> 23
-        m = from_bits(bits(x) - (e << 23))
-        t = (m - 1.0) / (m + 1.0)
-        s = t * t
-        return to_float(e) + t * (2 / math.log(2)) * ((((s / 9 + 1 / 7) * s + 1 / 5) * s + 1 / 3) * s + 1.0)
-
-    return fast
-
-
-@overload(power)
-def _power(x, r):  # type: ignore[no-untyped-def]
-    if x.dtype != types.float32:
-        return lambda x, r: where(x > 0, exp(log(x) * r), 0.0)
-
-    def fast(x, r):  # type: ignore[no-untyped-def]
-        y = larger(log2(x) * r, -126.0)
-        # 2^y: y = n + f with f in [-0.5, 0.5], 2^f by its Taylor series.
-        n = to_int(y + 256.5) - 256
-        f = (y - to_float(n)) * math.log(2)
-        tail = (f * (1 / 720) + 1 / 120) * f + 1 / 24
-        two_f = (((tail * f + 1 / 6) * f + 1 / 2) * f + 1.0) * f + 1.0
-        # A NaN is below 0, as vectors compare; its bits have been taken for a number.
-        return where(x < 0, x, where(x > 0, two_f * from_bits((n + 127) << 23), 0.0))
-
-    return fast
 
 
 @inner

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._multihead import wide
-from vitcmp.attention._threads import pool
+from vitcmp.attention._threads import share_out
 
 MIN_RESULTS = 2**13
 """Numbers in a result below which a second thread costs more than it brings."""
@@ -52,13 +52,9 @@ def product(kind: str, x: Tensor, y: Tensor, links: list[Tensor]) -> Tensor:
     kernel = kernels[kind]
     used = links[1:] if kind == "spread" else links[:1]
     arrays = [t.detach().contiguous().numpy() for t in (x, y, *used, out)]
-    rows, threads = len(out) * out.shape[1], torch.get_num_threads()
-    if threads == 1 or out.numel() < MIN_RESULTS:
-        kernel(*arrays, 0, rows)
-        return out
-    # Each thread fills rows of its own, so the result does not depend on their number.
-    cuts = [rows * number // threads for number in range(threads + 1)]
-    list(pool(threads).map(lambda begin, end: kernel(*arrays, begin, end), cuts[:-1], cuts[1:]))
+    # Each part fills rows of its own, so the result does not depend on the number of threads.
+    threads = torch.get_num_threads() if out.numel() >= MIN_RESULTS else 1
+    share_out(lambda begin, end: kernel(*arrays, begin, end), len(out) * out.shape[1], threads)
     return out
 
 

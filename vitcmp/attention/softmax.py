@@ -2,8 +2,9 @@
 
     A = softmax(q k^T / sqrt(K)),   out = A v          (Vaswani et al., 2017, equation 1)
 
-Three forms compute the same: `naive` (separate projections, explicit weights), `merged` (one projection, explicit
-weights) and `fused` (one projection, torch's scaled_dot_product_attention).
+Four forms compute the same: `naive` (separate projections, explicit weights), `merged` (one projection, explicit
+weights), `fused` (one projection, torch's scaled_dot_product_attention) and `numba` (one projection, kernels for narrow
+heads on the CPU).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention._multihead import LayerConfig, MultiHead
+from vitcmp.attention._softmax import attend
 
 PAPER = "https://arxiv.org/abs/1706.03762"
 COST = "O(N^2 K)"
@@ -24,7 +26,7 @@ ROW_STOCHASTIC = True
 
 @dataclass(frozen=True)
 class Config:
-    impl: Literal["auto", "naive", "merged", "fused"] = "auto"
+    impl: Literal["auto", "naive", "merged", "fused", "numba"] = "auto"
     """Form of the computation; auto: the quickest for the device, number format, head width and token count."""
 
 
@@ -37,8 +39,11 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if self.impl == "fused" or (self.impl == "auto" and fused_is_quicker(q)):
+        impl = quickest(q, dropout) if self.impl == "auto" else self.impl
+        if impl == "fused":
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        if impl == "numba" and can_compile(q, dropout):
+            return attend(q, k, v)[0]
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # [B, H, N, N]
         # The kernel sums in fp32 whatever its input, so autocast's fp32 copy of the scores buys nothing.
         with torch.autocast(q.device.type, enabled=False):
@@ -46,12 +51,21 @@ class SoftmaxAttention(nn.Module):
         return F.dropout(weights, dropout) @ v
 
 
-def fused_is_quicker(q: Tensor) -> bool:
+def can_compile(q: Tensor, dropout: float) -> bool:
+    """Whether the kernels can take it; torch's compiler fuses explicit weights itself."""
+    is_plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.numel() > 0
+    return is_plain and not dropout and not torch.compiler.is_compiling()
+
+
+def quickest(q: Tensor, dropout: float) -> str:
     """A fixed table, so that a run is repeatable; `benchmarks/softmax_forms.py` prints the measurements behind it."""
     if q.device.type != "cpu":
-        return True
+        return "fused"
+    in_bf16, tokens, width = q.dtype == torch.bfloat16, *q.shape[-2:]
+    if width <= 64 and (in_bf16 or tokens * width <= 2**18) and can_compile(q, dropout):
+        return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.
-    return q.dtype != torch.bfloat16 and q.shape[-2] > 128
+    return "fused" if not in_bf16 and tokens > 128 else "merged"
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

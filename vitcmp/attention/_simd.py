@@ -1,0 +1,422 @@
+"""Vectors of numbers in functions that numba compiles, cut by hand where the compiler alone does not find them.
+
+A `Vector` has LANES lanes and lives in registers, one of 512 bits or as many narrower ones as the processor needs.
+Vectors and numbers mix under + - * / > <, a number counting for all lanes. Arrays are addressed by their flat place,
+without bounds checks. Numba caches what it compiles by the file of the function alone: after a change here, touch the
+files that import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
+from numba import config, njit, types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, overload, register_model
+
+LANES = 16
+COMPRESSES = not config.CPU_NAME and bool(get_host_cpu_features().get("avx512f"))  # type: ignore[attr-defined]
+"""Whether the processor packs the chosen lanes of a vector of 32-bit numbers with one instruction."""
+MULTIPLIES_PAIRS = not config.CPU_NAME and all(get_host_cpu_features().get(x) for x in ("avx512f", "avx512bf16"))  # type: ignore[attr-defined]
+"""Whether it multiplies pairs of bf16 numbers and adds up in fp32 with one instruction."""
+INT16, INT32, LANE_BITS = ir.IntType(16), ir.IntType(32), ir.IntType(LANES)
+
+
+class Vector(types.Type):
+    """LANES numbers, or truth values."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(f"Vector({dtype})")
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat. To numba bf16 is int16, and a pair of them int32, the first one in the lower half."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, ir.VectorType(manager[vector.dtype].get_value_type(), LANES))
+
+
+def _spread(context: Any, builder: Any, x: Any, kind: Any, vector: Vector) -> Any:
+    """A number as a vector; a vector stays."""
+    if isinstance(kind, Vector):
+        return x
+    x = context.cast(builder, x, kind, vector.dtype)
+    none = ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined)
+    one = builder.insert_element(none, x, INT32(0))
+    return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
+
+
+def _places(context: Any, builder: Any, first: Any) -> Any:
+    """first, first + 1, ... of type int32."""
+    first = _spread(context, builder, first, types.intp, Vector(types.int32))
+    return builder.add(first, ir.Constant(first.type, list(range(LANES))))
+
+
+def _pointer(context: Any, builder: Any, kind: Any, array: Any, place: Any) -> Any:
+    data = context.make_array(kind)(context, builder, value=array).data
+    item = ir.VectorType(context.get_value_type(kind.dtype), LANES)
+    return builder.bitcast(builder.gep(data, [place]), item.as_pointer())
+
+
+def _call(builder: Any, name: str, dtype: Any, result: Any, *args: Any, fastmath: tuple[str, ...] = ()) -> Any:
+    """Calls LLVM's intrinsic of this name for vectors of this type."""
+    name = name.format(f"v{LANES}{'f' if isinstance(dtype, types.Float) else 'i'}{dtype.bitwidth}")
+    kind = ir.FunctionType(result, [x.type for x in args])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, args, fastmath=fastmath)
+
+
+def _operation(function: Callable[..., Any], floating: Any, integer: Any = None, truth: bool = False) -> None:
+    """Makes `function` work for a vector with a vector or a number."""
+
+    @infer_global(function)
+    class Operation(AbstractTemplate):
+        def generic(self, args: Any, kws: Any) -> Any:
+            found = [x for x in args if isinstance(x, Vector)]
+            if not found or not all(isinstance(x, types.Number | Vector) for x in args):
+                return None
+            return signature(Vector(types.boolean) if truth else found[0], *args)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = next(x for x in sig.args if isinstance(x, Vector))
+        a, b = (_spread(context, builder, x, kind, vector) for x, kind in zip(args, sig.args, strict=True))
+        return (floating if isinstance(vector.dtype, types.Float) else integer)(builder, a, b)
+
+    for kinds in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(function, *kinds)(lower)
+
+
+def larger(a, b):  # type: ignore[no-untyped-def]
+    """The larger one of each lane; b where either is NaN."""
+    raise NotImplementedError
+
+
+_operation(operator.add, ir.IRBuilder.fadd, ir.IRBuilder.add)
+_operation(operator.sub, ir.IRBuilder.fsub, ir.IRBuilder.sub)
+_operation(operator.mul, ir.IRBuilder.fmul, ir.IRBuilder.mul)
+_operation(operator.truediv, ir.IRBuilder.fdiv)
+_operation(operator.lshift, None, ir.IRBuilder.shl)
+_operation(operator.rshift, None, ir.IRBuilder.ashr)
+# True where either is NaN, so that a NaN is never dropped.
+_operation(operator.gt, lambda builder, a, b: builder.fcmp_unordered(">", a, b), truth=True)
+_operation(operator.lt, lambda builder, a, b: builder.fcmp_unordered("<", a, b), truth=True)
+_operation(larger, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+
+@intrinsic
+def splat(typing, x, array):  # type: ignore[no-untyped-def]
+    """A vector of x, in the array's number format."""
+    vector = Vector(array.dtype)
+    return vector(x, array), lambda context, builder, sig, args: _spread(context, builder, args[0], x, vector)
+
+
+@intrinsic
+def load(typing, array, place):  # type: ignore[no-untyped-def]
+    """The array's elements from `place` on."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.load(_pointer(context, builder, array, *args), align=array.dtype.bitwidth // 8)
+
+    return Vector(array.dtype)(array, types.intp), build
+
+
+@intrinsic
+def load_part(typing, array, place, n, fill):  # type: ignore[no-untyped-def]
+    """As `load`, but reads the first n elements only; the other lanes are `fill`."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        pointer = _pointer(context, builder, array, *args[:2])
+        rest = _spread(context, builder, args[3], fill, Vector(array.dtype))
+        mask = builder.icmp_signed(">", _spread(context, builder, args[2], types.intp, Vector(types.int32)),
+                                   ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES))))  # fmt: skip
+        align = INT32(array.dtype.bitwidth // 8)
+        return _call(builder, "llvm.masked.load.{}.p0", array.dtype, rest.type, pointer, align, mask, rest)
+
+    return Vector(array.dtype)(array, types.intp, types.intp, fill), build
+
+
+@intrinsic
+def store(typing, array, place, x):  # type: ignore[no-untyped-def]
+    """Writes x from `place` on."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        value = _spread(context, builder, args[2], x, Vector(array.dtype))
+        builder.store(value, _pointer(context, builder, array, *args[:2]), align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, x), build
+
+
+@intrinsic
+def store_part(typing, array, place, n, x):  # type: ignore[no-untyped-def]
+    """As `store`, but writes the first n lanes only."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        value = _spread(context, builder, args[3], x, Vector(array.dtype))
+        mask = builder.icmp_signed(">", _spread(context, builder, args[2], types.intp, Vector(types.int32)),
+                                   ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES))))  # fmt: skip
+        align = INT32(array.dtype.bitwidth // 8)
+        pointer = _pointer(context, builder, array, *args[:2])
+        _call(builder, "llvm.masked.store.{}.p0", array.dtype, ir.VoidType(), value, pointer, align, mask)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.intp, x), build
+
+
+@intrinsic
+def append(typing, array, place, x, mask):  # type: ignore[no-untyped-def]
+    """Writes the lanes of x where `mask` is true one after the other from `place` on, then anything up to LANES."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        target, place, value, chosen = args
+        if COMPRESSES and x.dtype.bitwidth == 32:
+            rest = ir.Constant(value.type, ir.Undefined)
+            value = _call(builder, "llvm.experimental.vector.compress.{}", x.dtype, value.type, value, chosen, rest)
+            builder.store(value, _pointer(context, builder, array, target, place), align=4)
+            return context.get_dummy_value()
+        data = context.make_array(array)(context, builder, value=target).data
+        for lane in range(LANES):
+            builder.store(builder.extract_element(value, INT32(lane)), builder.gep(data, [place]))
+            place = builder.add(place, builder.zext(builder.extract_element(chosen, INT32(lane)), place.type))
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, x, mask), build
+
+
+@intrinsic
+def places(typing, first):  # type: ignore[no-untyped-def]
+    """first, first + 1, ... as int32."""
+    return Vector(types.int32)(types.intp), lambda context, builder, sig, args: _places(context, builder, args[0])
+
+
+@intrinsic
+def count(typing, mask):  # type: ignore[no-untyped-def]
+    """The number of true lanes."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.zext(builder.ctpop(builder.bitcast(args[0], LANE_BITS)), ir.IntType(64))
+
+    return types.int64(mask), build
+
+
+@intrinsic
+def where(typing, mask, a, b):  # type: ignore[no-untyped-def]
+    """a where `mask` is true, b elsewhere; one of them may be a number."""
+    vector = a if isinstance(a, Vector) else b
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.select(args[0], *(_spread(context, builder, x, kind, vector)
+                                         for x, kind in zip(args[1:], (a, b), strict=True)))  # fmt: skip
+
+    return vector(mask, a, b), build
+
+
+@intrinsic
+def total_of(typing, x):  # type: ignore[no-untyped-def]
+    """The sum of the lanes."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        item = context.get_value_type(x.dtype)
+        return _call(builder, "llvm.vector.reduce.fadd.{}", x.dtype, item, item(-0.0), *args, fastmath=("reassoc",))
+
+    return x.dtype(x), build
+
+
+@intrinsic
+def largest(typing, x):  # type: ignore[no-untyped-def]
+    """The largest lane; with a NaN among them, that or the largest other one."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        (y,) = args
+        for half in (8, 4, 2, 1):
+            other = [(lane + half) % LANES for lane in range(LANES)]
+            z = builder.shuffle_vector(y, y, ir.Constant(ir.VectorType(INT32, LANES), other))
+            y = builder.select(builder.fcmp_ordered(">", y, z), y, z)
+        return builder.extract_element(y, INT32(0))
+
+    return x.dtype(x), build
+
+
+@intrinsic
+def fma(typing, a, b, c):  # type: ignore[no-untyped-def]
+    """a b + c, rounded once; a is a vector."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        values = [_spread(context, builder, x, kind, a) for x, kind in zip(args, (a, b, c), strict=True)]
+        return _call(builder, "llvm.fma.{}", a.dtype, values[0].type, *values)
+
+    return a(a, b, c), build
+
+
+@intrinsic
+def multiply_add(typing, array, place, x, total):  # type: ignore[no-untyped-def]
+    """total + array[place] x, where numbers of int32 are pairs of bf16: then both products are added, in fp32."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        source, at, x, total = args
+        data = context.make_array(array)(context, builder, value=source).data
+        a = _spread(context, builder, builder.load(builder.gep(data, [at])), array.dtype, Vector(array.dtype))
+        if array.dtype == types.float32:
+            return _call(builder, "llvm.fma.{}", array.dtype, total.type, a, x, total)
+        if MULTIPLIES_PAIRS:
+            pairs = ir.VectorType(_BFloat(), 2 * LANES)
+            kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
+            name = "llvm.x86.avx512bf16.dpbf16ps.512"
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            return builder.call(function, [total, builder.bitcast(a, pairs), builder.bitcast(x, pairs)])
+        for half in (_second, _first):
+            parts = [half(builder, y, total.type) for y in (a, x)]
+            total = _call(builder, "llvm.fma.{}", types.float32, total.type, *parts, total)
+        return total
+
+    return total(array, types.intp, x, total), build
+
+
+def _first(builder: Any, x: Any, kind: Any) -> Any:
+    """The first numbers of pairs of bf16, in fp32."""
+    return builder.bitcast(builder.shl(x, ir.Constant(x.type, [16] * LANES)), kind)
+
+
+def _second(builder: Any, x: Any, kind: Any) -> Any:
+    return builder.bitcast(builder.and_(x, ir.Constant(x.type, [-65536] * LANES)), kind)
+
+
+def _narrow(builder: Any, x: Any, kind: Any) -> Any:
+    return builder.bitcast(builder.fptrunc(x, ir.VectorType(_BFloat(), LANES)), kind)
+
+
+@intrinsic
+def pair(typing, a, b):  # type: ignore[no-untyped-def]
+    """Vectors of bf16, or of fp32 rounded to it, those of a and b in pairs."""
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        kind = context.get_value_type(sig.return_type)
+        halves = args if a.dtype == types.int16 else [_narrow(builder, x, ir.VectorType(INT16, LANES)) for x in args]
+        x, y = (builder.zext(x, kind) for x in halves)
+        return builder.or_(x, builder.shl(y, ir.Constant(kind, [16] * LANES)))
+
+    return Vector(types.int32)(a, b), build
+
+
+def _unary(name: str, *dtypes: Any, emit: Any = None) -> Any:
+    @intrinsic
+    def function(typing, x):  # type: ignore[no-untyped-def]
+        result = Vector(dtypes[0]) if dtypes else x
+
+        def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            kind = context.get_value_type(result)
+            return emit(builder, args[0], kind) if emit else _call(builder, name, x.dtype, kind, *args)
+
+        return result(x), build
+
+    return function
+
+
+sqrt = _unary("llvm.sqrt.{}")
+log = _unary("llvm.log.{}")
+exp = _unary("llvm.exp.{}")
+nearest = _unary("llvm.rint.{}")
+bits = _unary("", types.int32, emit=ir.IRBuilder.bitcast)
+from_bits = _unary("", types.float32, emit=ir.IRBuilder.bitcast)
+to_int = _unary("", types.int32, emit=ir.IRBuilder.fptosi)
+to_float = _unary("", types.float32, emit=ir.IRBuilder.sitofp)
+to_bf16 = _unary("", types.int16, emit=_narrow)
+
+
+def exp2(x):  # type: ignore[no-untyped-def]
+    """2 to the power of each lane, fp32, x <= 127; to 3e-7, and below 1e-37 for x < -126."""
+    raise NotImplementedError
+
+
+def log2(x):  # type: ignore[no-untyped-def]
+    """The logarithm of each lane of x > 0."""
+    raise NotImplementedError
+
+
+def power(x, r):  # type: ignore[no-untyped-def]
+    """x ^ r for x >= 0 (0 at 0); in fp32 to 1e-7 times r."""
+    raise NotImplementedError
+
+
+@overload(exp2)
+def _exp2(x):  # type: ignore[no-untyped-def]
+    def fast(x):  # type: ignore[no-untyped-def]
+        # x = n + f with f in [-0.5, 0.5]; 2^f by its minimax polynomial.
+        x = larger(-126.0, x)
+        n = nearest(x)
+        f = x - n
+        two_f = fma(fma(f, 0.00132764715, 0.00967554133), f, 0.0555071327)
+        two_f = fma(fma(fma(two_f, f, 0.240221197), f, 0.693146967), f, 1.00000007)
+        return two_f * from_bits((to_int(n) << 23) + 0x3F800000)
+
+    return fast
+
+
+@overload(log2)
+def _log2(x):  # type: ignore[no-untyped-def]
+    if x.dtype != types.float32:
+        return lambda x: log(x) * (1 / math.log(2))
+
+    def fast(x):  # type: ignore[no-untyped-def]
+        # x = 2^e m with m in [0.71, 1.42), log2(m) by the series of atanh((m - 1) / (m + 1)).
+        e = (bits(x) - 0x3F3504F3) >> 23
+        m = from_bits(bits(x) - (e << 23))
+        t = (m - 1.0) / (m + 1.0)
+        s = t * t
+        return to_float(e) + t * (2 / math.log(2)) * ((((s / 9 + 1 / 7) * s + 1 / 5) * s + 1 / 3) * s + 1.0)
+
+    return fast
+
+
+@overload(power)
+def _power(x, r):  # type: ignore[no-untyped-def]
+    if x.dtype != types.float32:
+        return lambda x, r: where(x > 0, exp(log(x) * r), 0.0)
+
+    def fast(x, r):  # type: ignore[no-untyped-def]
+        y = larger(log2(x) * r, -126.0)
+        # 2^y: y = n + f with f in [-0.5, 0.5], 2^f by its Taylor series.
+        n = to_int(y + 256.5) - 256
+        f = (y - to_float(n)) * math.log(2)
+        tail = (f * (1 / 720) + 1 / 120) * f + 1 / 24
+        two_f = (((tail * f + 1 / 6) * f + 1 / 2) * f + 1.0) * f + 1.0
+        # A NaN is below 0, as vectors compare; its bits have been taken for a number.
+        return where(x < 0, x, where(x > 0, two_f * from_bits((n + 127) << 23), 0.0))
+
+    return fast
+
+
+# Functions.
+
+# Sums may be reordered. Not `nnan`, `ninf`: a diverging model must show.
+options: dict[str, Any] = {
+    "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "no_cfunc_wrapper": True,
+}  # fmt: skip
+inner: Any = functools.partial(njit, **options | {"no_cpython_wrapper": True})
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compiled at its first call, and cached where numba finds a folder that it may write to."""
+    try:
+        return njit(function, **options, cache=True)
+    except RuntimeError:
+        return njit(function, **options)

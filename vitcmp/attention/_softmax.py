@@ -1,0 +1,126 @@
+"""Softmax attention whose scores never leave a core's cache, a head at a time, by compiled kernels (`_softmax_cpu`).
+
+For the CPU, in fp32 and bf16: where heads are narrow, other forms spend their time on moving scores and on thin matrix
+products. Backward, the weights are computed again, and the gradients are in closed form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vitcmp.attention._threads import share_out
+
+MIN_SCORES = 2**15
+"""Scores below which a second thread costs more than it brings."""
+
+
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The attention of q, k, v of [..., N, K] with all weights in memory."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+@torch.library.custom_op("vitcmp::softmax_attention", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """The attention of q, k, v of [B, H, N, K] in fp32 or bf16, and log2 of each query's sum of 2^score, [B H, N]."""
+    from vitcmp.attention import _softmax_cpu as cpu
+
+    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    out, sums = _results(q, k, v)
+    inputs, lines = _memory(q, k, v, out), _lines(q, k, v, out)
+    _, heads, tokens, width = q.shape
+    arrays = *inputs, sums.numpy(), lines, heads, tokens, width
+    share_out(lambda first, last: cpu.forward(*arrays, first, last), len(sums), _threads_for(sums))
+    return [out, sums]
+
+
+@attend.register_fake
+def _results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    return [_empty_like(v), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)]
+
+
+@torch.library.custom_op("vitcmp::softmax_attention_backward", mutates_args=())
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> list[Tensor]:
+    """Gradients of q, k and v."""
+    from vitcmp.attention import _softmax_cpu as cpu
+
+    q, k, v, dout = inputs = [_side_by_side(x) for x in (q, k, v, dout)]
+    gradients = [_empty_like(x) for x in (q, k, v)]
+    arrays: list[Any] = [*_memory(*inputs), sums.numpy(), *_memory(*gradients)]
+    arrays += [_lines(*inputs, *gradients), *q.shape[1:]]
+    share_out(lambda first, last: cpu.backward(*arrays, first, last), len(sums), _threads_for(sums))
+    return gradients
+
+
+@_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> list[Tensor]:
+    return [_empty_like(x) for x in (q, k, v)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    *inputs, sums = ctx.saved_tensors
+    dout = gradients[0]
+    if dout is None:
+        return (None,) * 3
+    if not torch.is_grad_enabled():
+        return tuple(_backward(dout, *inputs, sums))
+    # Someone will differentiate the gradients: torch can.
+    leaves = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(attend_at_once(*inputs), leaves, dout, create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in inputs)
+
+
+attend.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.vitcmp.softmax_attention)
+def _flops(q_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Scores and outputs."""
+    batch, heads, tokens, width = q_shape
+    return 4 * batch * heads * tokens**2 * width
+
+
+@register_flop_formula(torch.ops.vitcmp.softmax_attention_backward)
+def _backward_flops(dout_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Scores again, and four products."""
+    batch, heads, tokens, width = dout_shape
+    return 10 * batch * heads * tokens**2 * width
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """The same, with the numbers of each token side by side in memory, and no number for two tokens."""
+    return x if x.stride(-1) == 1 and min(x.stride()[:-1]) > 0 else x.contiguous()
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """[B, H, N, K] as the output projection wants to read it: the heads of a token side by side."""
+    batch, heads, tokens, width = x.shape
+    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _memory(*tensors: Tensor) -> list[np.ndarray]:
+    """The memory from each tensor's first to its last number, bf16 as int16."""
+    flat = []
+    for x in tensors:
+        last = sum((size - 1) * line for size, line in zip(x.shape, x.stride(), strict=True))
+        y = x.as_strided((last + 1,), (1,))
+        flat.append((y.view(torch.int16) if x.dtype == torch.bfloat16 else y).numpy())
+    return flat
+
+
+def _lines(*tensors: Tensor) -> np.ndarray:
+    return np.array([x.stride()[:3] for x in tensors])
+
+
+def _threads_for(sums: Tensor) -> int:
+    heads, tokens = sums.shape
+    return min(torch.get_num_threads(), heads, max(1, heads * tokens**2 // MIN_SCORES))

@@ -1,0 +1,291 @@
+"""Softmax attention on the CPU, compiled by numba: scores, weights and products of one head stay in a core's cache.
+
+q, k, v and gradients are flat memory of fp32 or of bf16 (as int16); `lines` [arrays, 3] says how far apart images,
+heads and tokens lie in each, and the K numbers of a token lie side by side. Products of fp32 are summed in fp32;
+those of bf16 too, two numbers of the inner axis at a time: an operand's layout keeps such pairs together, the
+weights are rounded to bf16 before they meet the values. The kernels hold no locks and no state; threads call them on
+heads of their own. Where a score is not finite, so is its row: a diverging model must show.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from vitcmp.attention._simd import (
+    LANES,
+    exp2,
+    fma,
+    inner,
+    kernel,
+    larger,
+    load,
+    load_part,
+    log2,
+    multiply_add,
+    pair,
+    splat,
+    store,
+    store_part,
+    to_bf16,
+)  # fmt: skip  # isort: skip
+
+TILE = 8
+"""Rows of a product that are summed together."""
+
+
+@inner(forceinline=True)
+def _multiply(a, at, row, step, b, there, line, n, out, place, width, add):  # type: ignore[no-untyped-def]
+    """A tile of out = a b, or += : TILE rows, LANES columns, n (pairs of) inner numbers.
+
+    Entry (i, t) of a is at `at` + i row + t step, row t of b at `there` + t line, row i of the tile at
+    `place` + i width.
+    """
+    zero = splat(0.0, out)
+    s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
+    if add:
+        s0, s1, s2, s3 = (
+            load(out, place), load(out, place + width), load(out, place + 2 * width), load(out, place + 3 * width)
+        )  # fmt: skip
+        s4, s5, s6, s7 = (
+            load(out, place + 4 * width), load(out, place + 5 * width), load(out, place + 6 * width),
+            load(out, place + 7 * width),
+        )  # fmt: skip
+    for t in range(n):
+        y, x = load(b, there + t * line), at + t * step
+        s0, s1 = multiply_add(a, x, y, s0), multiply_add(a, x + row, y, s1)
+        s2, s3 = multiply_add(a, x + 2 * row, y, s2), multiply_add(a, x + 3 * row, y, s3)
+        s4, s5 = multiply_add(a, x + 4 * row, y, s4), multiply_add(a, x + 5 * row, y, s5)
+        s6, s7 = multiply_add(a, x + 6 * row, y, s6), multiply_add(a, x + 7 * row, y, s7)
+    store(out, place, s0)
+    store(out, place + width, s1)
+    store(out, place + 2 * width, s2)
+    store(out, place + 3 * width, s3)
+    store(out, place + 4 * width, s4)
+    store(out, place + 5 * width, s5)
+    store(out, place + 6 * width, s6)
+    store(out, place + 7 * width, s7)
+
+
+def pair_size(x):  # type: ignore[no-untyped-def]
+    """Numbers of the inner axis that lie side by side in a product's operands."""
+    raise NotImplementedError
+
+
+def words(x):  # type: ignore[no-untyped-def]
+    """Memory as the products read it: fp32, or pairs of bf16 as int32."""
+    raise NotImplementedError
+
+
+def rounded(x, out):  # type: ignore[no-untyped-def]
+    """A vector of fp32 in the number format of `out`."""
+    raise NotImplementedError
+
+
+def joined(first, second, out):  # type: ignore[no-untyped-def]
+    """Two vectors in pairs, where `out` has pairs; else the first one."""
+    raise NotImplementedError
+
+
+def store_joined(out, place, line, first, second):  # type: ignore[no-untyped-def]
+    """Two vectors of fp32 as two rows of `out`, or as one row of pairs."""
+    raise NotImplementedError
+
+
+@overload(pair_size)
+def _pair_size(x):  # type: ignore[no-untyped-def]
+    return (lambda x: 1) if x.dtype == types.float32 else (lambda x: 2)
+
+
+@overload(words)
+def _words(x):  # type: ignore[no-untyped-def]
+    return (lambda x: x) if x.dtype == types.float32 else (lambda x: x.view(np.int32))
+
+
+@overload(rounded)
+def _rounded(x, out):  # type: ignore[no-untyped-def]
+    return (lambda x, out: x) if out.dtype == types.float32 else (lambda x, out: to_bf16(x))
+
+
+@overload(joined)
+def _joined(first, second, out):  # type: ignore[no-untyped-def]
+    if out.dtype == types.float32:
+        return lambda first, second, out: first
+    return lambda first, second, out: pair(first, second)
+
+
+@overload(store_joined)
+def _store_joined(out, place, line, first, second):  # type: ignore[no-untyped-def]
+    def in_fp32(out, place, line, first, second):  # type: ignore[no-untyped-def]
+        store(out, place, first)
+        store(out, place + line, second)
+
+    def in_bf16(out, place, line, first, second):  # type: ignore[no-untyped-def]
+        store(out, place, pair(first, second))
+
+    return in_fp32 if out.dtype == types.float32 else in_bf16
+
+
+@inner
+def _up(n, multiple):  # type: ignore[no-untyped-def]
+    return (n + multiple - 1) // multiple * multiple
+
+
+@inner
+def _pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
+    """A head's [N, K] as a product's left operand: rows side by side. What follows the last row is overwritten."""
+    deep = _up(width, pair_size(x))
+    for i in range(tokens):
+        for c in range(0, width, LANES):
+            store(out, i * deep + c, load_part(x, at + i * line + c, width - c, 0))
+
+
+@inner
+def _pack_across(x, at, line, tokens, width, rows, out):  # type: ignore[no-untyped-def]
+    """The same transposed, as memory that the products read: (pairs of) columns side by side. `rows` is scratch."""
+    _pack_left(x, at, line, tokens, width, rows)
+    source, deep, long = words(rows), _up(width, pair_size(x)) // pair_size(x), _up(tokens, LANES)
+    for t in range(deep):
+        for i in range(tokens):
+            out[t * long + i] = source[i * deep + t]
+
+
+@inner
+def _pack_along(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
+    """The same with (pairs of) tokens side by side, as memory that the products read."""
+    p, wide = pair_size(x), _up(width, LANES)
+    for i in range(0, tokens, p):
+        for c in range(0, width, LANES):
+            first = load_part(x, at + i * line + c, width - c, 0)
+            # Of a token that is not there, no numbers.
+            second = load_part(x, at + (i + 1) * line + c, width - c if i + 1 < tokens else 0, 0)
+            store(out, i // p * wide + c, joined(first, second, out))
+
+
+@inner
+def _place(lines, array, heads, head):  # type: ignore[no-untyped-def]
+    return (head // heads) * lines[array, 0] + (head % heads) * lines[array, 1]
+
+
+@inner
+def _transposed_product(a, b, column, tokens, deep, long, out):  # type: ignore[no-untyped-def]
+    """out [N, LANES] = all keys' rows of a, times LANES queries' columns of b; -inf for a key that makes N even."""
+    for j in range(0, tokens, TILE):
+        _multiply(a, j * deep, deep, 1, b, column, long, deep, out, j * LANES, LANES, False)
+    if tokens % 2:
+        store(out, tokens * LANES, splat(-np.inf, out))
+
+
+@kernel
+def forward(q, k, v, out, sums, lines, heads, tokens, width, first, last):  # type: ignore[no-untyped-def]
+    """Outputs of the heads from `first` to `last`, and log2 of the sums of 2^(scaled scores), [heads, N]."""
+    p = pair_size(q)
+    scale = np.float32(width**-0.5 / math.log(2))
+    wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(tokens, 2)
+    deep = _up(width, p) // p
+    scratch, values = np.empty(long * deep * p + LANES, q.dtype), np.zeros(long * wide, q.dtype)
+    keys, queries = np.zeros(long * deep * p + LANES, q.dtype), np.zeros(long * deep * p, q.dtype)
+    a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * LANES, q.dtype))
+    scores, mixed = np.empty((long + TILE) * LANES, np.float32), np.empty(TILE * LANES, np.float32)
+    shares = np.empty(LANES, np.float32)
+    for head in range(first, last):
+        _pack_across(q, _place(lines, 0, heads, head), lines[0, 2], tokens, width, scratch, b)
+        _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], tokens, width, keys)
+        _pack_along(v, _place(lines, 2, heads, head), lines[2, 2], tokens, width, y)
+        at = _place(lines, 3, heads, head)
+        for i in range(0, tokens, LANES):
+            few = min(LANES, tokens - i)
+            _transposed_product(a, b, i, tokens, deep, long, scores)
+            top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
+            for j in range(0, n * LANES, 2 * LANES):
+                top, top2 = larger(top, load(scores, j)), larger(top2, load(scores, j + LANES))
+            m, total, total2 = larger(top, top2) * -scale, splat(0.0, scores), splat(0.0, scores)
+            for j in range(0, n * LANES, 2 * LANES):
+                e, e2 = exp2(fma(load(scores, j), scale, m)), exp2(fma(load(scores, j + LANES), scale, m))
+                total, total2 = total + e, total2 + e2
+                store_joined(x, j // p, LANES, e, e2)
+            total = total + total2
+            store(shares, 0, 1.0 / total)
+            store_part(sums, head * tokens + i, few, log2(total) - m)
+            for c in range(0, wide, LANES):
+                for r in range(0, few, TILE):
+                    _multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES, False)
+                    for u in range(min(TILE, few - r)):
+                        o = load(mixed, u * LANES) * shares[r + u]
+                        store_part(out, at + (i + r + u) * lines[3, 2] + c, width - c, rounded(o, out))
+
+
+@kernel
+def backward(q, k, v, dout, sums, dq, dk, dv, lines, heads, tokens, width, first, last):  # type: ignore[no-untyped-def]
+    """Gradients of q, k and v for the heads from `first` to `last`: with the weights P = softmax(scale q k^T),
+
+    dv = P^T dout,  dS = P (dP - sum(P dP)) with dP = dout v^T,  dq = scale dS k,  dk = scale dS^T q.
+    """
+    p = pair_size(q)
+    factor = np.float32(width**-0.5)
+    scale = np.float32(width**-0.5 / math.log(2))
+    wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(tokens, 2)
+    deep = _up(width, p) // p
+    scratch, left = np.empty(long * deep * p + LANES, q.dtype), np.zeros((2, long * deep * p + LANES), q.dtype)
+    across, along = np.zeros((2, long * deep * p), q.dtype), np.zeros((3, long * wide), q.dtype)
+    k_left, v_left, q_across, dout_across = words(left[0]), words(left[1]), words(across[0]), words(across[1])
+    q_along, k_along, dout_along = words(along[0]), words(along[1]), words(along[2])
+    # Of all keys and LANES queries: the weights and the gradient of the scores, this also with keys in pairs.
+    weights, ds = np.empty(long * LANES, q.dtype), np.empty(long * LANES, q.dtype)
+    weights_left, ds_left, ds_pairs = words(weights), words(ds), words(np.empty(long * LANES, q.dtype))
+    scores, products = np.empty((long + TILE) * LANES, np.float32), np.empty((long + TILE) * LANES, np.float32)
+    dkeys, dvalues = np.empty(long * wide, np.float32), np.empty(long * wide, np.float32)
+    mixed = np.empty(TILE * LANES, np.float32)
+    for head in range(first, last):
+        at_q, at_k = _place(lines, 0, heads, head), _place(lines, 1, heads, head)
+        at_v, at_out = _place(lines, 2, heads, head), _place(lines, 3, heads, head)
+        _pack_left(k, at_k, lines[1, 2], tokens, width, left[0])
+        _pack_left(v, at_v, lines[2, 2], tokens, width, left[1])
+        _pack_across(q, at_q, lines[0, 2], tokens, width, scratch, q_across)
+        _pack_across(dout, at_out, lines[3, 2], tokens, width, scratch, dout_across)
+        _pack_along(q, at_q, lines[0, 2], tokens, width, q_along)
+        _pack_along(k, at_k, lines[1, 2], tokens, width, k_along)
+        _pack_along(dout, at_out, lines[3, 2], tokens, width, dout_along)
+        at_q, at_k, at_v = _place(lines, 4, heads, head), _place(lines, 5, heads, head), _place(lines, 6, heads, head)
+        dkeys[:] = 0
+        dvalues[:] = 0
+        for i in range(0, tokens, LANES):
+            few = min(LANES, tokens - i)
+            _transposed_product(k_left, q_across, i, tokens, deep, long, scores)
+            _transposed_product(v_left, dout_across, i, tokens, deep, long, products)
+            m, mean, mean2 = 0.0 - load_part(sums, head * tokens + i, few, 0.0), splat(0.0, scores), splat(0.0, scores)
+            if tokens % 2:
+                store(products, tokens * LANES, mean)
+            for j in range(0, n * LANES, 2 * LANES):
+                e, e2 = exp2(fma(load(scores, j), scale, m)), exp2(fma(load(scores, j + LANES), scale, m))
+                store(scores, j, e)
+                store(scores, j + LANES, e2)
+                store(weights, j, rounded(e, weights))
+                store(weights, j + LANES, rounded(e2, weights))
+                mean, mean2 = fma(e, load(products, j), mean), fma(e2, load(products, j + LANES), mean2)
+            mean = mean + mean2
+            for j in range(0, n * LANES, 2 * LANES):
+                e = load(scores, j) * (load(products, j) - mean)
+                e2 = load(scores, j + LANES) * (load(products, j + LANES) - mean)
+                store(ds, j, rounded(e, ds))
+                store(ds, j + LANES, rounded(e2, ds))
+                store_joined(ds_pairs, j // p, LANES, e, e2)
+            for c in range(0, wide, LANES):
+                for r in range(0, few, TILE):
+                    _multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES, False)
+                    for u in range(min(TILE, few - r)):
+                        place = at_q + (i + r + u) * lines[4, 2] + c
+                        store_part(dq, place, width - c, rounded(load(mixed, u * LANES) * factor, dq))
+                line, there = LANES // p, i // p * wide + c
+                for j in range(0, tokens, TILE):
+                    at = j * wide + c
+                    _multiply(weights_left, j * line, line, 1, dout_along, there, wide, line, dvalues, at, wide, True)
+                    _multiply(ds_left, j * line, line, 1, q_along, there, wide, line, dkeys, at, wide, True)
+        for j in range(tokens):
+            for c in range(0, wide, LANES):
+                dkey = load(dkeys, j * wide + c) * factor
+                store_part(dk, at_k + j * lines[5, 2] + c, width - c, rounded(dkey, dk))
+                store_part(dv, at_v + j * lines[6, 2] + c, width - c, rounded(load(dvalues, j * wide + c), dv))
