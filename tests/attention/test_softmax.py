@@ -82,9 +82,10 @@ def test_scores_of_any_size(scale: float) -> None:
     q, k, v, dout = strided(1, 2, 50, 8, torch.float32)
     inputs = q * scale, k, v, dout
     exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
-    for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), exact, strict=True):
-        # A score of 1e4 has an error of 1e-3 in fp32, whoever computes it.
-        assert relative(ours, wanted) < max(1e-5, 1e-6 * scale)
+    of_torch = with_gradients(attend_at_once, *inputs)
+    for ours, theirs, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), of_torch, exact, strict=True):
+        # Weights of 0 and 1 have no gradients: what is left is rounding, of numbers as large as q.
+        assert (ours - wanted).norm() < 3 * (theirs - wanted).norm() + 1e-6 * max(1, scale) * dout.norm()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -123,4 +124,5 @@ def test_threads_share_heads_out() -> None:
 
 
 def test_attention_of_no_images() -> None:
-    assert make_block("softmax:impl=numba")(torch.zeros(0, 17, DIM)).shape == (0, 17, DIM)
+    q = torch.zeros(0, 2, 17, 16)
+    assert make_block("softmax:impl=numba").core(q, q, q).shape == q.shape

@@ -26,16 +26,16 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.custom_op("vitcmp::softmax_attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """The attention of q, k, v of [B, H, N, K] in fp32 or bf16, and log2 of each query's sum of 2^score, [B H, N]."""
+    """The attention of q, k, v of [B, H, N, K] in fp32 or bf16, and each query's largest score in powers of 2, [B H, N]."""
     from vitcmp.attention import _softmax_cpu as cpu
 
     q, k, v = (_side_by_side(x) for x in (q, k, v))
-    out, sums = _results(q, k, v)
+    out, tops = _results(q, k, v)
     inputs, lines = _memory(q, k, v, out), _lines(q, k, v, out)
     _, heads, tokens, width = q.shape
-    arrays = *inputs, sums.numpy(), lines, heads, tokens, width
-    share_out(lambda first, last: cpu.forward(*arrays, first, last), len(sums), _threads_for(sums))
-    return [out, sums]
+    arrays = *inputs, tops.numpy(), lines, heads, tokens, width
+    share_out(lambda first, last: cpu.forward(*arrays, first, last), len(tops), _threads_for(tops))
+    return [out, tops]
 
 
 @attend.register_fake
@@ -44,20 +44,20 @@ def _results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("vitcmp::softmax_attention_backward", mutates_args=())
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> list[Tensor]:
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tensor]:
     """Gradients of q, k and v."""
     from vitcmp.attention import _softmax_cpu as cpu
 
     q, k, v, dout = inputs = [_side_by_side(x) for x in (q, k, v, dout)]
     gradients = [_empty_like(x) for x in (q, k, v)]
-    arrays: list[Any] = [*_memory(*inputs), sums.numpy(), *_memory(*gradients)]
+    arrays: list[Any] = [*_memory(*inputs), tops.numpy(), *_memory(*gradients)]
     arrays += [_lines(*inputs, *gradients), *q.shape[1:]]
-    share_out(lambda first, last: cpu.backward(*arrays, first, last), len(sums), _threads_for(sums))
+    share_out(lambda first, last: cpu.backward(*arrays, first, last), len(tops), _threads_for(tops))
     return gradients
 
 
 @_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor) -> list[Tensor]:
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tensor]:
     return [_empty_like(x) for x in (q, k, v)]
 
 
@@ -67,12 +67,12 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *inputs, sums = ctx.saved_tensors
+    *inputs, tops = ctx.saved_tensors
     dout = gradients[0]
     if dout is None:
         return (None,) * 3
     if not torch.is_grad_enabled():
-        return tuple(_backward(dout, *inputs, sums))
+        return tuple(_backward(dout, *inputs, tops))
     # Someone will differentiate the gradients: torch can.
     leaves = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(attend_at_once(*inputs), leaves, dout, create_graph=True))
@@ -121,6 +121,6 @@ def _lines(*tensors: Tensor) -> np.ndarray:
     return np.array([x.stride()[:3] for x in tensors])
 
 
-def _threads_for(sums: Tensor) -> int:
-    heads, tokens = sums.shape
+def _threads_for(tops: Tensor) -> int:
+    heads, tokens = tops.shape
     return min(torch.get_num_threads(), heads, max(1, heads * tokens**2 // MIN_SCORES))

@@ -24,7 +24,6 @@ from vitcmp.attention._simd import (
     larger,
     load,
     load_part,
-    log2,
     multiply_add,
     pair,
     splat,
@@ -179,9 +178,15 @@ def _transposed_product(a, b, column, tokens, deep, long, out):  # type: ignore[
         store(out, tokens * LANES, splat(-np.inf, out))
 
 
+@inner
+def _weight(scores, j, scale, top):  # type: ignore[no-untyped-def]
+    """Weights of a key before they are made to sum to 1."""
+    return exp2(fma(load(scores, j), scale, 0.0 - top))
+
+
 @kernel
-def forward(q, k, v, out, sums, lines, heads, tokens, width, first, last):  # type: ignore[no-untyped-def]
-    """Outputs of the heads from `first` to `last`, and log2 of the sums of 2^(scaled scores), [heads, N]."""
+def forward(q, k, v, out, tops, lines, heads, tokens, width, first, last):  # type: ignore[no-untyped-def]
+    """Outputs of the heads from `first` to `last`, and the maxima of their scaled scores, [heads, N]."""
     p = pair_size(q)
     scale = np.float32(width**-0.5 / math.log(2))
     wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(tokens, 2)
@@ -202,14 +207,13 @@ def forward(q, k, v, out, sums, lines, heads, tokens, width, first, last):  # ty
             top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
             for j in range(0, n * LANES, 2 * LANES):
                 top, top2 = larger(top, load(scores, j)), larger(top2, load(scores, j + LANES))
-            m, total, total2 = larger(top, top2) * -scale, splat(0.0, scores), splat(0.0, scores)
+            m, total, total2 = larger(top, top2) * scale, splat(0.0, scores), splat(0.0, scores)
             for j in range(0, n * LANES, 2 * LANES):
-                e, e2 = exp2(fma(load(scores, j), scale, m)), exp2(fma(load(scores, j + LANES), scale, m))
+                e, e2 = _weight(scores, j, scale, m), _weight(scores, j + LANES, scale, m)
                 total, total2 = total + e, total2 + e2
                 store_joined(x, j // p, LANES, e, e2)
-            total = total + total2
-            store(shares, 0, 1.0 / total)
-            store_part(sums, head * tokens + i, few, log2(total) - m)
+            store(shares, 0, 1.0 / (total + total2))
+            store_part(tops, head * tokens + i, few, m)
             for c in range(0, wide, LANES):
                 for r in range(0, few, TILE):
                     _multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES, False)
@@ -219,7 +223,7 @@ def forward(q, k, v, out, sums, lines, heads, tokens, width, first, last):  # ty
 
 
 @kernel
-def backward(q, k, v, dout, sums, dq, dk, dv, lines, heads, tokens, width, first, last):  # type: ignore[no-untyped-def]
+def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, width, first, last):  # type: ignore[no-untyped-def]
     """Gradients of q, k and v for the heads from `first` to `last`: with the weights P = softmax(scale q k^T),
 
     dv = P^T dout,  dS = P (dP - sum(P dP)) with dP = dout v^T,  dq = scale dS k,  dk = scale dS^T q.
@@ -256,20 +260,23 @@ def backward(q, k, v, dout, sums, dq, dk, dv, lines, heads, tokens, width, first
             few = min(LANES, tokens - i)
             _transposed_product(k_left, q_across, i, tokens, deep, long, scores)
             _transposed_product(v_left, dout_across, i, tokens, deep, long, products)
-            m, mean, mean2 = 0.0 - load_part(sums, head * tokens + i, few, 0.0), splat(0.0, scores), splat(0.0, scores)
+            m, zero = load_part(tops, head * tokens + i, few, 0.0), splat(0.0, scores)
             if tokens % 2:
-                store(products, tokens * LANES, mean)
+                store(products, tokens * LANES, zero)
+            total, total2, mean, mean2 = zero, zero, zero, zero
             for j in range(0, n * LANES, 2 * LANES):
-                e, e2 = exp2(fma(load(scores, j), scale, m)), exp2(fma(load(scores, j + LANES), scale, m))
+                e, e2 = _weight(scores, j, scale, m), _weight(scores, j + LANES, scale, m)
                 store(scores, j, e)
                 store(scores, j + LANES, e2)
+                total, total2 = total + e, total2 + e2
+                mean, mean2 = fma(e, load(products, j), mean), fma(e2, load(products, j + LANES), mean2)
+            share = 1.0 / (total + total2)
+            mean = (mean + mean2) * share
+            for j in range(0, n * LANES, 2 * LANES):
+                e, e2 = load(scores, j) * share, load(scores, j + LANES) * share
                 store(weights, j, rounded(e, weights))
                 store(weights, j + LANES, rounded(e2, weights))
-                mean, mean2 = fma(e, load(products, j), mean), fma(e2, load(products, j + LANES), mean2)
-            mean = mean + mean2
-            for j in range(0, n * LANES, 2 * LANES):
-                e = load(scores, j) * (load(products, j) - mean)
-                e2 = load(scores, j + LANES) * (load(products, j + LANES) - mean)
+                e, e2 = e * (load(products, j) - mean), e2 * (load(products, j + LANES) - mean)
                 store(ds, j, rounded(e, ds))
                 store(ds, j + LANES, rounded(e2, ds))
                 store_joined(ds_pairs, j // p, LANES, e, e2)
