@@ -51,7 +51,7 @@ def main() -> int:
                     calls = {i: lambda i=i, qkv=qkv, t=trains: call(i, qkv, t) for i in FORMS}
                     times = {i: median_and_iqr(s)[0] for i, s in interleaved_ms(calls, 9, CPU).items()}
                     with torch.set_grad_enabled(trains):
-                        taken = quickest(qkv[0], dropout=0.0)
+                        taken = quickest(*qkv, dropout=0.0)
                     slower = times[taken] / min(times.values())
                     worst = max(worst, slower)
                     mark = f"{slower:.2f} times" if slower > MOST_SLOWER else ""

@@ -47,6 +47,15 @@ def strided(batch: int, heads: int, tokens: int, width: int, dtype: torch.dtype)
     return [*(part.requires_grad_() for part in qkv), torch.randn_like(qkv[0])]
 
 
+def test_the_kernels_take_any_number_of_keys() -> None:
+    for keys in (1, 4, 49, 64, 131):
+        q, k, v, dout = strided(2, 2, max(keys, 65), 12, torch.float32)
+        inputs = q[:, :, :65], k[:, :, :keys], v[:, :, :keys], dout[:, :, :65]
+        exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
+        for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), exact, strict=True):
+            assert (ours - wanted).norm() <= 1e-6 * max(float(wanted.norm()), 1.0)
+
+
 def with_gradients(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     out = attend(*inputs)

@@ -6,6 +6,7 @@ products. Backward, the weights are computed again, and the gradients are in clo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,21 +27,20 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.custom_op("vitcmp::softmax_attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """The attention of q, k, v of [B, H, N, K] in fp32 or bf16, and each query's largest score in powers of 2, [B H, N]."""
+    """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and the largest scores, [B H, N]."""
     from vitcmp.attention import _softmax_cpu as cpu
 
     q, k, v = (_side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v)
     inputs, lines = _memory(q, k, v, out), _lines(q, k, v, out)
-    _, heads, tokens, width = q.shape
-    arrays = *inputs, tops.numpy(), lines, heads, tokens, width
-    share_out(lambda first, last: cpu.forward(*arrays, first, last), len(tops), _threads_for(tops))
+    arrays = *inputs, tops.numpy(), lines, *_sizes(q, k)
+    share_out(lambda first, last: cpu.forward(*arrays, first, last), len(tops), _num_threads(tops, k.shape[2]))
     return [out, tops]
 
 
 @attend.register_fake
 def _results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    return [_empty_like(v), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)]
+    return [_empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)]
 
 
 @torch.library.custom_op("vitcmp::softmax_attention_backward", mutates_args=())
@@ -51,8 +51,8 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> li
     q, k, v, dout = inputs = [_side_by_side(x) for x in (q, k, v, dout)]
     gradients = [_empty_like(x) for x in (q, k, v)]
     arrays: list[Any] = [*_memory(*inputs), tops.numpy(), *_memory(*gradients)]
-    arrays += [_lines(*inputs, *gradients), *q.shape[1:]]
-    share_out(lambda first, last: cpu.backward(*arrays, first, last), len(tops), _threads_for(tops))
+    arrays += [_lines(*inputs, *gradients), *_sizes(q, k)]
+    share_out(lambda first, last: cpu.backward(*arrays, first, last), len(tops), _num_threads(tops, k.shape[2]))
     return gradients
 
 
@@ -83,17 +83,15 @@ attend.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vitcmp.softmax_attention)
-def _flops(q_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops(q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Scores and outputs."""
-    batch, heads, tokens, width = q_shape
-    return 4 * batch * heads * tokens**2 * width
+    return 4 * math.prod(q_shape) * k_shape[2]
 
 
 @register_flop_formula(torch.ops.vitcmp.softmax_attention_backward)
-def _backward_flops(dout_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _backward_flops(dout_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
     """Scores again, and four products."""
-    batch, heads, tokens, width = dout_shape
-    return 10 * batch * heads * tokens**2 * width
+    return 10 * math.prod(q_shape) * k_shape[2]
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -117,10 +115,15 @@ def _memory(*tensors: Tensor) -> list[np.ndarray]:
     return flat
 
 
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    """Heads, queries, keys, and the heads' width."""
+    _, heads, tokens, width = q.shape
+    return heads, tokens, k.shape[2], width
+
+
 def _lines(*tensors: Tensor) -> np.ndarray:
     return np.array([x.stride()[:3] for x in tensors])
 
 
-def _threads_for(tops: Tensor) -> int:
-    heads, tokens = tops.shape
-    return min(torch.get_num_threads(), heads, max(1, heads * tokens**2 // MIN_SCORES))
+def _num_threads(tops: Tensor, keys: int) -> int:
+    return min(torch.get_num_threads(), len(tops), max(1, tops.numel() * keys // MIN_SCORES))

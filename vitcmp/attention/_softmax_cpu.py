@@ -170,12 +170,12 @@ def _place(lines, array, heads, head):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _transposed_product(a, b, column, tokens, deep, long, out):  # type: ignore[no-untyped-def]
-    """out [N, LANES] = all keys' rows of a, times LANES queries' columns of b; -inf for a key that makes N even."""
-    for j in range(0, tokens, TILE):
+def _transposed_product(a, b, column, size, deep, long, out):  # type: ignore[no-untyped-def]
+    """out [M, LANES] = all keys' rows of a, times LANES queries' columns of b; -inf for a key that makes M even."""
+    for j in range(0, size, TILE):
         _multiply(a, j * deep, deep, 1, b, column, long, deep, out, j * LANES, LANES, False)
-    if tokens % 2:
-        store(out, tokens * LANES, splat(-np.inf, out))
+    if size % 2:
+        store(out, size * LANES, splat(-np.inf, out))
 
 
 @inner
@@ -185,25 +185,26 @@ def _weight(scores, j, scale, top):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def forward(q, k, v, out, tops, lines, heads, tokens, width, first, last):  # type: ignore[no-untyped-def]
+def forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
     """Outputs of the heads from `first` to `last`, and the maxima of their scaled scores, [heads, N]."""
     p = pair_size(q)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(tokens, 2)
+    wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(size, 2)
+    rows = _up(size, LANES)
     deep = _up(width, p) // p
-    scratch, values = np.empty(long * deep * p + LANES, q.dtype), np.zeros(long * wide, q.dtype)
-    keys, queries = np.zeros(long * deep * p + LANES, q.dtype), np.zeros(long * deep * p, q.dtype)
+    scratch, values = np.empty(long * deep * p + LANES, q.dtype), np.zeros(rows * wide, q.dtype)
+    keys, queries = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(long * deep * p, q.dtype)
     a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * LANES, q.dtype))
-    scores, mixed = np.empty((long + TILE) * LANES, np.float32), np.empty(TILE * LANES, np.float32)
+    scores, mixed = np.empty((rows + TILE) * LANES, np.float32), np.empty(TILE * LANES, np.float32)
     shares = np.empty(LANES, np.float32)
     for head in range(first, last):
         _pack_across(q, _place(lines, 0, heads, head), lines[0, 2], tokens, width, scratch, b)
-        _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], tokens, width, keys)
-        _pack_along(v, _place(lines, 2, heads, head), lines[2, 2], tokens, width, y)
+        _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], size, width, keys)
+        _pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width, y)
         at = _place(lines, 3, heads, head)
         for i in range(0, tokens, LANES):
             few = min(LANES, tokens - i)
-            _transposed_product(a, b, i, tokens, deep, long, scores)
+            _transposed_product(a, b, i, size, deep, long, scores)
             top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
             for j in range(0, n * LANES, 2 * LANES):
                 top, top2 = larger(top, load(scores, j)), larger(top2, load(scores, j + LANES))
@@ -223,7 +224,7 @@ def forward(q, k, v, out, tops, lines, heads, tokens, width, first, last):  # ty
 
 
 @kernel
-def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, width, first, last):  # type: ignore[no-untyped-def]
+def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
     """Gradients of q, k and v for the heads from `first` to `last`: with the weights P = softmax(scale q k^T),
 
     dv = P^T dout,  dS = P (dP - sum(P dP)) with dP = dout v^T,  dq = scale dS k,  dk = scale dS^T q.
@@ -231,38 +232,39 @@ def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, width, first
     p = pair_size(q)
     factor = np.float32(width**-0.5)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(tokens, 2)
+    wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(size, 2)
+    rows = _up(size, LANES)
     deep = _up(width, p) // p
-    scratch, left = np.empty(long * deep * p + LANES, q.dtype), np.zeros((2, long * deep * p + LANES), q.dtype)
-    across, along = np.zeros((2, long * deep * p), q.dtype), np.zeros((3, long * wide), q.dtype)
+    scratch, left = np.empty(long * deep * p + LANES, q.dtype), np.zeros((2, rows * deep * p + LANES), q.dtype)
+    across, along = np.zeros((2, long * deep * p), q.dtype), np.zeros((3, max(rows, long) * wide), q.dtype)
     k_left, v_left, q_across, dout_across = words(left[0]), words(left[1]), words(across[0]), words(across[1])
     q_along, k_along, dout_along = words(along[0]), words(along[1]), words(along[2])
     # Of all keys and LANES queries: the weights and the gradient of the scores, this also with keys in pairs.
-    weights, ds = np.empty(long * LANES, q.dtype), np.empty(long * LANES, q.dtype)
-    weights_left, ds_left, ds_pairs = words(weights), words(ds), words(np.empty(long * LANES, q.dtype))
-    scores, products = np.empty((long + TILE) * LANES, np.float32), np.empty((long + TILE) * LANES, np.float32)
-    dkeys, dvalues = np.empty(long * wide, np.float32), np.empty(long * wide, np.float32)
+    weights, ds = np.empty(rows * LANES, q.dtype), np.empty(rows * LANES, q.dtype)
+    weights_left, ds_left, ds_pairs = words(weights), words(ds), words(np.empty(rows * LANES, q.dtype))
+    scores, products = np.empty((rows + TILE) * LANES, np.float32), np.empty((rows + TILE) * LANES, np.float32)
+    dkeys, dvalues = np.empty(rows * wide, np.float32), np.empty(rows * wide, np.float32)
     mixed = np.empty(TILE * LANES, np.float32)
     for head in range(first, last):
         at_q, at_k = _place(lines, 0, heads, head), _place(lines, 1, heads, head)
         at_v, at_out = _place(lines, 2, heads, head), _place(lines, 3, heads, head)
-        _pack_left(k, at_k, lines[1, 2], tokens, width, left[0])
-        _pack_left(v, at_v, lines[2, 2], tokens, width, left[1])
+        _pack_left(k, at_k, lines[1, 2], size, width, left[0])
+        _pack_left(v, at_v, lines[2, 2], size, width, left[1])
         _pack_across(q, at_q, lines[0, 2], tokens, width, scratch, q_across)
         _pack_across(dout, at_out, lines[3, 2], tokens, width, scratch, dout_across)
         _pack_along(q, at_q, lines[0, 2], tokens, width, q_along)
-        _pack_along(k, at_k, lines[1, 2], tokens, width, k_along)
+        _pack_along(k, at_k, lines[1, 2], size, width, k_along)
         _pack_along(dout, at_out, lines[3, 2], tokens, width, dout_along)
         at_q, at_k, at_v = _place(lines, 4, heads, head), _place(lines, 5, heads, head), _place(lines, 6, heads, head)
         dkeys[:] = 0
         dvalues[:] = 0
         for i in range(0, tokens, LANES):
             few = min(LANES, tokens - i)
-            _transposed_product(k_left, q_across, i, tokens, deep, long, scores)
-            _transposed_product(v_left, dout_across, i, tokens, deep, long, products)
+            _transposed_product(k_left, q_across, i, size, deep, long, scores)
+            _transposed_product(v_left, dout_across, i, size, deep, long, products)
             m, zero = load_part(tops, head * tokens + i, few, 0.0), splat(0.0, scores)
-            if tokens % 2:
-                store(products, tokens * LANES, zero)
+            if size % 2:
+                store(products, size * LANES, zero)
             total, total2, mean, mean2 = zero, zero, zero, zero
             for j in range(0, n * LANES, 2 * LANES):
                 e, e2 = _weight(scores, j, scale, m), _weight(scores, j + LANES, scale, m)
@@ -287,11 +289,11 @@ def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, width, first
                         place = at_q + (i + r + u) * lines[4, 2] + c
                         store_part(dq, place, width - c, rounded(load(mixed, u * LANES) * factor, dq))
                 line, there = LANES // p, i // p * wide + c
-                for j in range(0, tokens, TILE):
+                for j in range(0, size, TILE):
                     at = j * wide + c
                     _multiply(weights_left, j * line, line, 1, dout_along, there, wide, line, dvalues, at, wide, True)
                     _multiply(ds_left, j * line, line, 1, q_along, there, wide, line, dkeys, at, wide, True)
-        for j in range(tokens):
+        for j in range(size):
             for c in range(0, wide, LANES):
                 dkey = load(dkeys, j * wide + c) * factor
                 store_part(dk, at_k + j * lines[5, 2] + c, width - c, rounded(dkey, dk))

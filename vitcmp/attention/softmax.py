@@ -31,7 +31,7 @@ class Config:
 
 
 class SoftmaxAttention(nn.Module):
-    """Shapes: q, k, v and the result are [B, H, N, K]."""
+    """Shapes: q and the result are [B, H, N, K], k and v too, or [B, H, M, K]."""
 
     def __init__(self, impl: str, dropout: float) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        impl = quickest(q, dropout) if self.impl == "auto" else self.impl
+        impl = quickest(q, k, v, dropout) if self.impl == "auto" else self.impl
         if impl == "fused":
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        if impl == "numba" and can_compile(q, dropout):
+        if impl == "numba" and can_compile(q, k, v, dropout):
             return attend(q, k, v)[0]
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # [B, H, N, N]
         # The kernel sums in fp32 whatever its input, so autocast's fp32 copy of the scores buys nothing.
@@ -51,18 +51,19 @@ class SoftmaxAttention(nn.Module):
         return F.dropout(weights, dropout) @ v
 
 
-def can_compile(q: Tensor, dropout: float) -> bool:
+def can_compile(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     """Whether the kernels can take it; torch's compiler fuses explicit weights itself."""
     is_plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.numel() > 0
-    return is_plain and not dropout and not torch.compiler.is_compiling()
+    fits = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
+    return is_plain and fits and not dropout and not torch.compiler.is_compiling()
 
 
-def quickest(q: Tensor, dropout: float) -> str:
+def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     """A fixed table, so that a run is repeatable; `benchmarks/softmax_forms.py` prints the measurements behind it."""
     if q.device.type != "cpu":
         return "fused"
-    in_bf16, tokens, width = q.dtype == torch.bfloat16, *q.shape[-2:]
-    if width <= 64 and (in_bf16 or tokens * width <= 2**18) and can_compile(q, dropout):
+    in_bf16, tokens, width = q.dtype == torch.bfloat16, *k.shape[-2:]
+    if width <= 64 and (in_bf16 or tokens * width <= 2**18) and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.
     return "fused" if not in_bf16 and tokens > 128 else "merged"
