@@ -69,7 +69,7 @@ def test_a_first_step_imports_nothing_heavy(tmp_path: Path):
     done = subprocess.run([sys.executable, "-c", FIRST_STEP], cwd=tmp_path, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert {"torch", "vitcmp.workflows.train"} <= loaded
-    heavy = ("torch._dynamo", "torch._inductor", "sympy", "matplotlib", "torchvision", "numba", "entmax", "ptflops",
+    heavy = ("torch._dynamo", "torch._inductor", "sympy", "matplotlib", "torchvision", "entmax", "ptflops",
              "accelerate", "transformers", "timm", "tensorboard")  # fmt: skip
     assert not loaded & set(heavy)
 

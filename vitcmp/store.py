@@ -19,12 +19,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vitcmp.configs import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -133,6 +135,8 @@ def load(results: str | Path = "results") -> pd.DataFrame:
 
 def table(records: Sequence[Record]) -> pd.DataFrame:
     """Records as a table: config and metrics under their own names, hardware and versions with a prefix."""
+    import pandas as pd  # here, since training has no need of it
+
     rows = []
     for record in records:
         fields = record.model_dump()

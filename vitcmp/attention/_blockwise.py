@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._multihead import wide
+from vitcmp.attention._operators import operator
 
 aten = torch.ops.aten
 
@@ -110,7 +111,7 @@ def _to_scores(gradient: Tensor, weights: Tensor, bias: float | None, out: Tenso
     return aten.sigmoid_backward.grad_input(gradient, weights, grad_input=out)
 
 
-@torch.library.custom_op("vitcmp::blockwise_attention", mutates_args=())
+@operator("vitcmp::blockwise_attention")
 def _attend(q: Tensor, k: Tensor, v: Tensor, share: Tensor | None, bias: float | None) -> Tensor:
     """For q and k of [M, B H, N, K / M] and v of [B H, N, K]."""
     out, space, q = torch.empty_like(v), _space(q), q * q.shape[-1] ** -0.5
@@ -125,7 +126,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, share: Tensor | None, bias: float | None)
     return torch.empty_like(v)
 
 
-@torch.library.custom_op("vitcmp::blockwise_attention_backward", mutates_args=())
+@operator("vitcmp::blockwise_attention_backward")
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, share: Tensor | None, bias: float | None) -> list[Tensor]:
     """Gradients of q, k, v, and of `share` where there is one."""
     scale = q.shape[-1] ** -0.5

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
+from vitcmp.attention._operators import operator
 from vitcmp.attention._threads import run_beside
 
 MAX_SCORES = 2**17
@@ -131,7 +132,7 @@ def _capacity(heads: int, tokens: int) -> int:
     return int(group * tokens * min(tokens * MAX_DENSITY, MAX_SUPPORT)) + tokens + 16
 
 
-@torch.library.custom_op("vitcmp::entmax_attention", mutates_args=())
+@operator("vitcmp::entmax_attention")
 def _attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> list[Tensor]:
     """The output, and what the backward pass needs: maxima, thresholds, supports, and which groups are dense."""
     from vitcmp.attention import _entmax_cpu as cpu
@@ -177,7 +178,7 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> list[Tensor]:
     ]
 
 
-@torch.library.custom_op("vitcmp::entmax_attention_backward", mutates_args=())
+@operator("vitcmp::entmax_attention_backward")
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, saved: list[Tensor], with_alpha: bool
 ) -> list[Tensor]:

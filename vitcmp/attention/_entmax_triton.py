@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._entmax import attend_in_torch
+from vitcmp.attention._operators import operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
@@ -342,7 +343,7 @@ def _empty(*tensors: Tensor) -> list[Tensor]:
     return [torch.empty_like(x) for x in _dense(*tensors)]
 
 
-@torch.library.custom_op("vitcmp::entmax_attention_triton", mutates_args=())
+@operator("vitcmp::entmax_attention_triton")
 def _attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, r: int) -> list[Tensor]:
     """The output, and of each row the largest product and the threshold. `r` is 1 / (alpha - 1) if 1 or 2, else 0."""
     result = out, top, tau = _outputs(q, k, v, alpha, r)
@@ -359,7 +360,7 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, r: int) -> list[Ten
     return [*_empty(q), *(q.new_empty(q.shape[:-1], dtype=torch.float32) for _ in range(2))]
 
 
-@torch.library.custom_op("vitcmp::entmax_attention_triton_backward", mutates_args=())
+@operator("vitcmp::entmax_attention_triton_backward")
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, top: Tensor, tau: Tensor, r: int, with_alpha: bool
 ) -> list[Tensor]:

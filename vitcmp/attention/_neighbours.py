@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._multihead import wide
+from vitcmp.attention._operators import operator
 from vitcmp.attention._threads import share_out
 
 MIN_RESULTS = 2**13
@@ -38,7 +39,7 @@ class Pairs(nn.Module):
         return product("mixed", F.dropout(weights, dropout), v, links).unflatten(0, batch_and_heads)
 
 
-@torch.library.custom_op("vitcmp::listed_attention", mutates_args=())
+@operator("vitcmp::listed_attention")
 def product(kind: str, x: Tensor, y: Tensor, links: list[Tensor]) -> Tensor:
     """One of three products over all pairs; the derivatives of each are the other two.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vitcmp.attention._operators import operator
 from vitcmp.attention._threads import share_out
 
 MIN_SCORES = 2**15
@@ -25,7 +26,7 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
-@torch.library.custom_op("vitcmp::softmax_attention", mutates_args=())
+@operator("vitcmp::softmax_attention")
 def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and the largest scores, [B H, N]."""
     from vitcmp.attention import _softmax_cpu as cpu
@@ -43,7 +44,7 @@ def _results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [_empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)]
 
 
-@torch.library.custom_op("vitcmp::softmax_attention_backward", mutates_args=())
+@operator("vitcmp::softmax_attention_backward")
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tensor]:
     """Gradients of q, k and v."""
     from vitcmp.attention import _softmax_cpu as cpu

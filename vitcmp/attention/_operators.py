@@ -1,0 +1,37 @@
+"""Our functions as operators of torch, which its autograd, compiler and counters see as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Operator:
+    """As `torch.library.custom_op`, but the first call does not import torch's compiler, which takes a second."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "CompositeExplicitAutograd", function)
+        namespace, short = name.split("::")
+        self.overload = getattr(getattr(torch.ops, namespace), short).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function that gives results of the right shapes, without their numbers."""
+        torch.library.register_fake(self.name, function)
+        return function
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """As `torch.library.register_autograd`."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Makes an operator of a function that changes none of its arguments and returns new tensors."""
+    return lambda function: Operator(name, function)
