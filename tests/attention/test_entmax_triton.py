@@ -98,7 +98,7 @@ def operator_is_sound() -> bool:
 
     q, k, v = (torch.randn(2, 10, 2, 16).transpose(1, 2).requires_grad_() for _ in "qkv")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(kernels._attend, (q, k, v, torch.full((2,), 1.5), 2), test_utils=checks)
+    torch.library.opcheck(kernels._attend.overload, (q, k, v, torch.full((2,), 1.5), 2), test_utils=checks)
     return True
 
 
