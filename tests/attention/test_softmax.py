@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitcmp.attention import _simd, _softmax_cpu
 from vitcmp.attention._softmax import attend, attend_at_once
+from vitcmp.attention.softmax import quickest
 
 
 def softmax_twin(core: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -130,6 +131,28 @@ def test_threads_share_heads_out() -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, other, found[0]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "dtype", "dropout", "wanted"),
+    [
+        ((2, 4, 65, 12), 65, torch.float32, 0.0, "numba"),
+        ((2, 4, 65, 64), 65, torch.bfloat16, 0.0, "numba"),
+        ((2, 4, 65, 12), 65, torch.float32, 0.1, "merged"),
+        ((2, 4, 65, 12), 65, torch.float64, 0.0, "merged"),
+        ((2, 4, 257, 12), 257, torch.float64, 0.0, "fused"),
+        ((2, 4, 257, 128), 257, torch.float32, 0.0, "fused"),
+        ((2, 4, 257, 128), 257, torch.bfloat16, 0.0, "merged"),
+        ((1, 1, 1024, 64), 256, torch.float32, 0.0, "fused"),
+        ((1, 1, 1024, 16), 256, torch.float32, 0.0, "numba"),
+        ((1, 1, 8192, 64), 8192, torch.float32, 0.0, "fused"),
+        ((0, 4, 65, 12), 65, torch.float32, 0.0, "merged"),
+    ],
+)
+def test_auto_takes(shape: tuple[int, ...], keys: int, dtype: torch.dtype, dropout: float, wanted: str) -> None:
+    q, k = torch.empty(shape, dtype=dtype), torch.empty(*shape[:2], keys, shape[3], dtype=dtype)
+    assert quickest(q, k, k, dropout) == wanted
+    assert quickest(q.to("meta"), k.to("meta"), k.to("meta"), dropout) == "fused"
 
 
 def test_attention_of_no_images() -> None:

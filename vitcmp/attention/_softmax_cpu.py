@@ -3,7 +3,8 @@
 q, k, v and gradients are flat memory of fp32 or of bf16 (as int16); `lines` [arrays, 3] says how far apart images,
 heads and tokens lie in each, and the K numbers of a token lie side by side. Products of fp32 are summed in fp32;
 those of bf16 too, two numbers of the inner axis at a time: an operand's layout keeps such pairs together, the
-weights are rounded to bf16 before they meet the values. The kernels hold no locks and no state; threads call them on
+weights are rounded to bf16 before they meet the values. Lanes of a vector are queries, so that maxima and sums over the
+keys, M of them, need no step across lanes. The kernels hold no locks and no state; threads call them on
 heads of their own. Where a score is not finite, so is its row: a diverging model must show.
 """
 

@@ -62,11 +62,13 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     """A fixed table, so that a run is repeatable; `benchmarks/softmax_forms.py` prints the measurements behind it."""
     if q.device.type != "cpu":
         return "fused"
-    in_bf16, tokens, width = q.dtype == torch.bfloat16, *k.shape[-2:]
-    if width <= 64 and (in_bf16 or tokens * width <= 2**18) and can_compile(q, k, v, dropout):
+    in_bf16, queries, (keys, width) = q.dtype == torch.bfloat16, q.shape[-2], k.shape[-2:]
+    # Wide heads pay with as many keys as queries, and as long as a head's keys stay in a core's cache.
+    pays = width <= 32 or (width <= 64 and keys >= queries)
+    if pays and (in_bf16 or keys * width <= 2**18) and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.
-    return "fused" if not in_bf16 and tokens > 128 else "merged"
+    return "fused" if not in_bf16 and keys > 128 else "merged"
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:
