@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,29 @@ def test_an_error_in_a_thread_is_raised() -> None:
 
     with pytest.raises(KeyError, match="in a thread"):
         run_beside(work, threads=2)
+
+
+def count(queue: Any) -> None:
+    done = [0] * 8
+
+    def task(first: int, last: int) -> None:
+        for i in range(first, last):
+            done[i] += 1
+
+    share_out(task, 8, threads=2)
+    queue.put(done)
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
+    share_out(lambda first, last: None, 8, threads=2)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=count, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == [1] * 8
+    finally:
+        child.kill()
 
 
 def test_nothing_to_do() -> None:

@@ -50,7 +50,8 @@ def run_beside(work: Callable[[], None], threads: int) -> None:
         except BaseException as error:
             errors.append(error)
 
-    openmp = _openmp() if threads > 1 else None
+    # A child forked after its parent came here has none of OpenMP's threads, but waits for them.
+    openmp = _openmp() if threads > 1 and _first_process() == os.getpid() else None
     if openmp is not None:
         openmp.GOMP_parallel(_CALLBACK(call), None, ctypes.c_uint(threads), ctypes.c_uint(0))
     else:
@@ -73,6 +74,11 @@ def share_out(task: Callable[[int, int], None], count: int, threads: int) -> Non
             task(first, min(first + size, count))
 
     run_beside(work, threads)
+
+
+@cache
+def _first_process() -> int:
+    return os.getpid()
 
 
 @cache
