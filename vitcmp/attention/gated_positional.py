@@ -67,8 +67,10 @@ class GatedPositionalAttention(nn.Module):
         image = v[:, :, prefix:].unflatten(2, (height, width))
         image = torch.einsum("hij,bhyjk->bhyik", in_row.to(v.dtype), image)
         image = torch.einsum("hij,bhjxk->bhixk", in_column.to(v.dtype), image)
-        positional = F.pad(image.flatten(2, 3), (0, 0, prefix, 0))  # [B, H, N, K]
-        return (1 - gate) * self.content(q, k, v) + gate * positional
+        positional = image.flatten(2, 3)
+        if prefix:
+            positional = F.pad(positional, (0, 0, prefix, 0))  # [B, H, N, K]
+        return self.content(q, k, v).lerp(positional, gate)
 
 
 def side_offsets(side: int) -> Tensor:
