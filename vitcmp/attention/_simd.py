@@ -301,7 +301,15 @@ def _second(builder: Any, x: Any, kind: Any) -> Any:
 
 
 def _narrow(builder: Any, x: Any, kind: Any) -> Any:
-    return builder.bitcast(builder.fptrunc(x, ir.VectorType(_BFloat(), LANES)), kind)
+    """Rounded to bf16, to even; without the instruction LLVM would call a function that is not there."""
+    if MULTIPLIES_PAIRS:
+        return builder.bitcast(builder.fptrunc(x, ir.VectorType(_BFloat(), LANES)), kind)
+    integers = ir.VectorType(INT32, LANES)
+    sixteen, one, half, nan = (ir.Constant(integers, [n] * LANES) for n in (16, 1, 0x7FFF, 0x7FC0))
+    y = builder.bitcast(x, integers)
+    rounding = builder.add(half, builder.and_(builder.lshr(y, sixteen), one))
+    y = builder.select(builder.fcmp_unordered("uno", x, x), nan, builder.lshr(builder.add(y, rounding), sixteen))
+    return builder.trunc(y, ir.VectorType(INT16, LANES))
 
 
 @intrinsic
