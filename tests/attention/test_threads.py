@@ -5,14 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from vitcmp.attention import _threads
+from vitcmp.attention._kernels import in_parts, inner, kernel
 from vitcmp.attention._threads import run_beside, share_out
 
 
@@ -22,19 +23,54 @@ def _threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(_threads, "_openmp", lambda: None)
 
 
+@inner
+def _count(done, first, last):  # type: ignore[no-untyped-def]
+    for i in range(first, last):
+        done[i] += 1
+
+
+@kernel
+def count(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_count, team, args)
+
+
+@inner
+def _ask(bytes_, first, last):  # type: ignore[no-untyped-def]
+    for _ in range(first, last):
+        np.empty(bytes_, np.uint8)[0] = 1
+
+
+@kernel
+def ask(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_ask, team, args)
+
+
 @pytest.mark.usefixtures("_threads_of")
-def test_parts_are_done_once_each_by_several_threads() -> None:
-    done, by = [0] * 37, set()
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("size", [0, 1, 7, 37, 1000])
+def test_parts_are_done_once_each(size: int, threads: int) -> None:
+    done = np.zeros(size + 1)
+    share_out(count, size, threads, done)
+    assert done.tolist() == [1] * size + [0]
 
-    def task(first: int, last: int) -> None:
-        time.sleep(0.01)  # time for the others to come
+
+@pytest.mark.usefixtures("_threads_of")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_kernel_without_memory_says_so(threads: int) -> None:
+    with pytest.raises(MemoryError):
+        share_out(ask, 8, threads, 1 << 60)
+
+
+@pytest.mark.usefixtures("_threads_of")
+def test_work_is_done_by_several_threads() -> None:
+    by, started = set(), threading.Barrier(3)
+
+    def work() -> None:
+        started.wait(timeout=20)
         by.add(threading.get_ident())
-        for i in range(first, last):
-            done[i] += 1
 
-    share_out(task, 37, threads=3)
-    assert done == [1] * 37
-    assert 2 <= len(by) <= 3
+    run_beside(work, threads=3)
+    assert len(by) == 3
 
 
 @pytest.mark.usefixtures("_threads_of")
@@ -50,31 +86,22 @@ def test_an_error_in_a_thread_is_raised() -> None:
         run_beside(work, threads=2)
 
 
-def count(queue: Any) -> None:
-    done = [0] * 8
-
-    def task(first: int, last: int) -> None:
-        for i in range(first, last):
-            done[i] += 1
-
-    share_out(task, 8, threads=2)
-    queue.put(done)
+def count_in_child(queue: Any) -> None:
+    done = np.zeros(8)
+    share_out(count, 8, 2, done)
+    queue.put(done.tolist())
 
 
 def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
-    share_out(lambda first, last: None, 8, threads=2)
+    share_out(count, 8, 2, np.zeros(8))
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=count, args=(queue,))
+    child = context.Process(target=count_in_child, args=(queue,))
     child.start()
     try:
         assert queue.get(timeout=60) == [1] * 8
     finally:
         child.kill()
-
-
-def test_nothing_to_do() -> None:
-    share_out(lambda first, last: pytest.fail("called"), 0, threads=2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GCC's OpenMP is the one of torch on Linux")

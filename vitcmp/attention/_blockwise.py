@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._multihead import wide
-from vitcmp.attention._operators import operator
+from vitcmp.attention._operators import differentiable, operator
 
 aten = torch.ops.aten
 
@@ -168,13 +168,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, share = inputs = ctx.saved_tensors
-    if not torch.is_grad_enabled():
-        gradients = _backward(dout.contiguous(), q, k, v, share, ctx.bias)
-        return (*gradients, *[None] * (5 - len(gradients)))
-    # Someone will differentiate the gradients: torch can.
-    leaves = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(attend_at_once(q, k, v, share, ctx.bias), leaves, dout, create_graph=True))
-    return (*[next(found) if x is not None and x.requires_grad else None for x in inputs], None)
+    if torch.is_grad_enabled():
+        return *differentiable(lambda q, k, v, share: attend_at_once(q, k, v, share, ctx.bias), inputs, dout), None
+    gradients = _backward(dout.contiguous(), q, k, v, share, ctx.bias)
+    return (*gradients, *[None] * (5 - len(gradients)))
 
 
 _attend.register_autograd(_differentiate, setup_context=_setup_context)

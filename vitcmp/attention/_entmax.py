@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from vitcmp.attention._operators import operator
+from vitcmp.attention._operators import differentiable, operator
 from vitcmp.attention._threads import run_beside
 
 MAX_SCORES = 2**17
@@ -230,13 +230,14 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | N
     q, k, v, alpha, *saved = ctx.saved_tensors
     if gradients[0] is None:
         return (None,) * 4
-    if not torch.is_grad_enabled():
-        return tuple(_backward(gradients[0].contiguous(), q, k, v, alpha, saved, ctx.needs_input_grad[3]))
-    # Someone will differentiate the gradients: torch can.
-    of_one = attend_in_torch(q[None], k[None], v[None], alpha.view(1, -1, 1, 1), convex=bool((alpha <= 2).all()))
-    leaves = [x for x in (q, k, v, alpha) if x.requires_grad]
-    found = iter(torch.autograd.grad(of_one[0], leaves, gradients[0], create_graph=True))
-    return tuple(next(found) if x.requires_grad else None for x in (q, k, v, alpha))
+    if torch.is_grad_enabled():
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
+            convex = bool((alpha <= 2).all())
+            return attend_in_torch(q[None], k[None], v[None], alpha.view(1, -1, 1, 1), convex=convex)[0]
+
+        return differentiable(plain, (q, k, v, alpha), gradients[0])
+    return tuple(_backward(gradients[0].contiguous(), q, k, v, alpha, saved, ctx.needs_input_grad[3]))
 
 
 _attend.register_autograd(_differentiate, setup_context=_setup_context)

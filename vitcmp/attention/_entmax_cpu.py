@@ -13,12 +13,11 @@ import math
 
 import numpy as np
 
+from vitcmp.attention._kernels import inner, kernel
 from vitcmp.attention._simd import (
     LANES,
     append,
     count,
-    inner,
-    kernel,
     larger,
     largest,
     load,

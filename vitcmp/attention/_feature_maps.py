@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vitcmp.attention._multihead import wide
+from vitcmp.attention._operators import differentiable
 
 BLOCK = 2**19
 """Features of a block on the CPU: what stays in its caches, and is long against the time that a call takes."""
@@ -117,10 +118,8 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         products, (q, k, v, *kept) = ctx.products, ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            leaves = [x for x in (q, k, v) if x.requires_grad]
-            found = iter(torch.autograd.grad(products.plain(q, k, v), leaves, upstream, create_graph=True))
-            return *(next(found) if x.requires_grad else None for x in (q, k, v)), None
+        if torch.is_grad_enabled():
+            return *differentiable(products.plain, (q, k, v), upstream), None
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         saved = iter(kept)
         for images, query_blocks, key_blocks in products.blocks(q, k):

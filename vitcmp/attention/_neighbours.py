@@ -49,13 +49,12 @@ def product(kind: str, x: Tensor, y: Tensor, links: list[Tensor]) -> Tensor:
     from vitcmp.attention import _neighbours_cpu as cpu
 
     out = _result(kind, x, y, links)
-    kernels: dict[str, Any] = {"scores": cpu.scores, "mixed": cpu.mixed, "spread": cpu.spread}
-    kernel = kernels[kind]
+    kernel = {"scores": cpu.scores, "mixed": cpu.mixed, "spread": cpu.spread}[kind]
     used = links[1:] if kind == "spread" else links[:1]
     arrays = [t.detach().contiguous().numpy() for t in (x, y, *used, out)]
     # Each part fills rows of its own, so the result does not depend on the number of threads.
     threads = torch.get_num_threads() if out.numel() >= MIN_RESULTS else 1
-    share_out(lambda begin, end: kernel(*arrays, begin, end), len(out) * out.shape[1], threads)
+    share_out(kernel, len(out) * out.shape[1], threads, *arrays)
     return out
 
 

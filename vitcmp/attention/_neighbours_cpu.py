@@ -6,14 +6,11 @@ The loops over pairs take four at a time, so that the row that these share is re
 
 from __future__ import annotations
 
-from numba import njit
-
-# Sums may be reordered, so that they vectorise. Not `nnan`, `ninf`: a diverging model must show.
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "arcp", "nsz"})
+from vitcmp.attention._kernels import in_parts, inner, kernel
 
 
-@compiled
-def scores(q, k, keys, out, begin, end):  # type: ignore[no-untyped-def]
+@inner
+def _scores(q, k, keys, out, begin, end):  # type: ignore[no-untyped-def]
     """out[g, i, j] = q[g, i] . k[g, keys[i, j]]"""
     zero = q.dtype.type(0)
     for row in range(begin, end):
@@ -36,8 +33,8 @@ def scores(q, k, keys, out, begin, end):  # type: ignore[no-untyped-def]
             result[j] = s0
 
 
-@compiled
-def mixed(weights, v, keys, out, begin, end):  # type: ignore[no-untyped-def]
+@inner
+def _mixed(weights, v, keys, out, begin, end):  # type: ignore[no-untyped-def]
     """out[g, i] = sum_j weights[g, i, j] v[g, keys[i, j]]"""
     for row in range(begin, end):
         g, i = divmod(row, len(keys))
@@ -55,8 +52,8 @@ def mixed(weights, v, keys, out, begin, end):  # type: ignore[no-untyped-def]
                 result[c] += w0 * y0[c]
 
 
-@compiled
-def spread(weights, x, queries, places, ends, out, begin, end):  # type: ignore[no-untyped-def]
+@inner
+def _spread(weights, x, queries, places, ends, out, begin, end):  # type: ignore[no-untyped-def]
     """out[g, n] = the sum of weights[g, i, j] x[g, i] over the pairs with keys[i, j] = n.
 
     Those are listed from ends[n] to ends[n + 1]: i in `queries`, j in `places`.
@@ -77,3 +74,18 @@ def spread(weights, x, queries, places, ends, out, begin, end):  # type: ignore[
             w0, y0 = w[queries[e], places[e]], y[queries[e]]
             for c in range(len(result)):
                 result[c] += w0 * y0[c]
+
+
+@kernel
+def scores(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_scores, team, args)
+
+
+@kernel
+def mixed(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_mixed, team, args)
+
+
+@kernel
+def spread(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_spread, team, args)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Operator:
@@ -35,3 +36,12 @@ class Operator:
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """Makes an operator of a function that changes none of its arguments and returns new tensors."""
     return lambda function: Operator(name, function)
+
+
+def differentiable(
+    plain: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `plain(*inputs)` by torch alone, for who will differentiate them again."""
+    leaves = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(plain(*inputs), leaves, upstream, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)

@@ -8,7 +8,6 @@ files that import it.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
-from numba import config, njit, types
+from numba import config, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, overload, register_model
 
@@ -110,6 +109,11 @@ def larger(a, b):  # type: ignore[no-untyped-def]
     raise NotImplementedError
 
 
+def smaller(a, b):  # type: ignore[no-untyped-def]
+    """The smaller one of each lane; b where either is NaN."""
+    raise NotImplementedError
+
+
 _operation(operator.add, ir.IRBuilder.fadd, ir.IRBuilder.add)
 _operation(operator.sub, ir.IRBuilder.fsub, ir.IRBuilder.sub)
 _operation(operator.mul, ir.IRBuilder.fmul, ir.IRBuilder.mul)
@@ -120,6 +124,7 @@ _operation(operator.rshift, None, ir.IRBuilder.ashr)
 _operation(operator.gt, lambda builder, a, b: builder.fcmp_unordered(">", a, b), truth=True)
 _operation(operator.lt, lambda builder, a, b: builder.fcmp_unordered("<", a, b), truth=True)
 _operation(larger, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+_operation(smaller, lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
 
 
 @intrinsic
@@ -312,6 +317,11 @@ def _narrow(builder: Any, x: Any, kind: Any) -> Any:
     return builder.trunc(y, ir.VectorType(INT16, LANES))
 
 
+def _widen(builder: Any, x: Any, kind: Any) -> Any:
+    integers = ir.VectorType(INT32, LANES)
+    return builder.bitcast(builder.shl(builder.zext(x, integers), ir.Constant(integers, [16] * LANES)), kind)
+
+
 @intrinsic
 def pair(typing, a, b):  # type: ignore[no-untyped-def]
     """Vectors of bf16, or of fp32 rounded to it, those of a and b in pairs."""
@@ -348,6 +358,58 @@ from_bits = _unary("", types.float32, emit=ir.IRBuilder.bitcast)
 to_int = _unary("", types.int32, emit=ir.IRBuilder.fptosi)
 to_float = _unary("", types.float32, emit=ir.IRBuilder.sitofp)
 to_bf16 = _unary("", types.int16, emit=_narrow)
+from_bf16 = _unary("", types.float32, emit=_widen)
+
+
+def polynomial(*coefficients: float) -> Any:
+    """The function of a vector with these coefficients, the highest power's first."""
+
+    @intrinsic
+    def function(typing, x):  # type: ignore[no-untyped-def]
+        def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            kind = args[0].type
+            total, *rest = (ir.Constant(kind, [c] * LANES) for c in coefficients)
+            for c in rest:
+                total = _call(builder, "llvm.fma.{}", x.dtype, kind, total, *args, c)
+            return total
+
+        return x(x), build
+
+    return function
+
+
+def read(x, place, n):  # type: ignore[no-untyped-def]
+    """Up to n numbers of fp32 or bf16, in fp32; the other lanes are 0."""
+    raise NotImplementedError
+
+
+def write(out, place, n, x):  # type: ignore[no-untyped-def]
+    """Writes the first n lanes, in the number format of `out`."""
+    raise NotImplementedError
+
+
+@overload(read)
+def _read(x, place, n):  # type: ignore[no-untyped-def]
+    if x.dtype == types.float32:
+        return lambda x, place, n: load(x, place) if n >= LANES else load_part(x, place, n, 0.0)
+    return lambda x, place, n: from_bf16(load(x, place) if n >= LANES else load_part(x, place, n, 0))
+
+
+@overload(write)
+def _write(out, place, n, x):  # type: ignore[no-untyped-def]
+    def in_fp32(out, place, n, x):  # type: ignore[no-untyped-def]
+        if n >= LANES:
+            store(out, place, x)
+        else:
+            store_part(out, place, n, x)
+
+    def in_bf16(out, place, n, x):  # type: ignore[no-untyped-def]
+        if n >= LANES:
+            store(out, place, to_bf16(x))
+        else:
+            store_part(out, place, n, to_bf16(x))
+
+    return in_fp32 if out.dtype == types.float32 else in_bf16
 
 
 def exp2(x):  # type: ignore[no-untyped-def]
@@ -374,7 +436,7 @@ def _exp2(x):  # type: ignore[no-untyped-def]
         f = x - n
         two_f = fma(fma(f, 0.00132764715, 0.00967554133), f, 0.0555071327)
         two_f = fma(fma(fma(two_f, f, 0.240221197), f, 0.693146967), f, 1.00000007)
-        return two_f * from_bits((to_int(n) << 23) + 0x3F800000)
+        return from_bits(bits(two_f) + (to_int(n) << 23))
 
     return fast
 
@@ -411,20 +473,3 @@ def _power(x, r):  # type: ignore[no-untyped-def]
         return where(x < 0, x, where(x > 0, two_f * from_bits((n + 127) << 23), 0.0))
 
     return fast
-
-
-# Functions.
-
-# Sums may be reordered. Not `nnan`, `ninf`: a diverging model must show.
-options: dict[str, Any] = {
-    "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "no_cfunc_wrapper": True,
-}  # fmt: skip
-inner: Any = functools.partial(njit, **options | {"no_cpython_wrapper": True})
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compiled at its first call, and cached where numba finds a folder that it may write to."""
-    try:
-        return njit(function, **options, cache=True)
-    except RuntimeError:
-        return njit(function, **options)

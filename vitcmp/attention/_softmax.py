@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitcmp.attention._operators import operator
+from vitcmp.attention._operators import differentiable, operator
 from vitcmp.attention._threads import share_out
 
 MIN_SCORES = 2**15
@@ -33,9 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
     q, k, v = (_side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v)
-    inputs, lines = _memory(q, k, v, out), _lines(q, k, v, out)
-    arrays = *inputs, tops.numpy(), lines, *_sizes(q, k)
-    share_out(lambda first, last: cpu.forward(*arrays, first, last), len(tops), _num_threads(tops, k.shape[2]))
+    arrays = *_memory(q, k, v, out), tops.view(-1).numpy(), _lines(q, k, v, out), *_sizes(q, k)
+    share_out(cpu.forward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
     return [out, tops]
 
 
@@ -51,9 +50,9 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> li
 
     q, k, v, dout = inputs = [_side_by_side(x) for x in (q, k, v, dout)]
     gradients = [_empty_like(x) for x in (q, k, v)]
-    arrays: list[Any] = [*_memory(*inputs), tops.numpy(), *_memory(*gradients)]
+    arrays: list[Any] = [*_memory(*inputs), tops.view(-1).numpy(), *_memory(*gradients)]
     arrays += [_lines(*inputs, *gradients), *_sizes(q, k)]
-    share_out(lambda first, last: cpu.backward(*arrays, first, last), len(tops), _num_threads(tops, k.shape[2]))
+    share_out(cpu.backward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
     return gradients
 
 
@@ -72,12 +71,9 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | N
     dout = gradients[0]
     if dout is None:
         return (None,) * 3
-    if not torch.is_grad_enabled():
-        return tuple(_backward(dout, *inputs, tops))
-    # Someone will differentiate the gradients: torch can.
-    leaves = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(attend_at_once(*inputs), leaves, dout, create_graph=True))
-    return tuple(next(found) if x.requires_grad else None for x in inputs)
+    if torch.is_grad_enabled():
+        return differentiable(attend_at_once, tuple(inputs), dout)
+    return tuple(_backward(dout, *inputs, tops))
 
 
 attend.register_autograd(_differentiate, setup_context=_setup_context)

@@ -16,25 +16,30 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from vitcmp.attention._kernels import in_parts, inner, kernel
 from vitcmp.attention._simd import (
     LANES,
     exp2,
     fma,
-    inner,
-    kernel,
     larger,
+    largest,
     load,
     load_part,
     multiply_add,
     pair,
+    read,
     splat,
     store,
     store_part,
     to_bf16,
+    total_of,
+    write,
 )  # fmt: skip  # isort: skip
 
 TILE = 8
 """Rows of a product that are summed together."""
+MAX_LEFT_OVER = 2
+"""Queries after the last whole vector of them that are attended one at a time: a class token often makes one."""
 
 
 @inner(forceinline=True)
@@ -185,9 +190,36 @@ def _weight(scores, j, scale, top):  # type: ignore[no-untyped-def]
     return exp2(fma(load(scores, j), scale, 0.0 - top))
 
 
-@kernel
-def forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
-    """Outputs of the heads from `first` to `last`, and the maxima of their scaled scores, [heads, N]."""
+@inner
+def _num_whole(tokens):  # type: ignore[no-untyped-def]
+    """Queries that come as vectors; what is left over comes one at a time where a vector would be all but empty."""
+    left_over = tokens % LANES
+    return tokens - left_over if left_over <= MAX_LEFT_OVER else tokens
+
+
+@inner
+def _gather(scores, lane, size, rest, row):  # type: ignore[no-untyped-def]
+    """One query's scores side by side, then `rest` up to whole vectors."""
+    for j in range(size):
+        row[j] = scores[j * LANES + lane]
+    row[size:] = rest
+
+
+@inner
+def _mix(weights, b, there, line, n, like):  # type: ignore[no-untyped-def]
+    """One query's n (pairs of) weights times LANES columns of b, [n, line], from `there` on; in fp32, as `like`."""
+    s0, s1 = splat(0.0, like), splat(0.0, like)
+    for t in range(0, n - 1, 2):
+        s0 = multiply_add(weights, t, load(b, there + t * line), s0)
+        s1 = multiply_add(weights, t + 1, load(b, there + (t + 1) * line), s1)
+    if n % 2:
+        s0 = multiply_add(weights, n - 1, load(b, there + (n - 1) * line), s0)
+    return s0 + s1
+
+
+@inner
+def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
+    """Outputs of the heads from `first` to `last`, and the maxima of their scaled scores, [heads N]."""
     p = pair_size(q)
     scale = np.float32(width**-0.5 / math.log(2))
     wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(size, 2)
@@ -197,13 +229,14 @@ def forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last):
     keys, queries = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(long * deep * p, q.dtype)
     a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * LANES, q.dtype))
     scores, mixed = np.empty((rows + TILE) * LANES, np.float32), np.empty(TILE * LANES, np.float32)
-    shares = np.empty(LANES, np.float32)
+    shares, row, one = np.empty(LANES, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
+    whole = _num_whole(tokens)
     for head in range(first, last):
         _pack_across(q, _place(lines, 0, heads, head), lines[0, 2], tokens, width, scratch, b)
         _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], size, width, keys)
         _pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width, y)
         at = _place(lines, 3, heads, head)
-        for i in range(0, tokens, LANES):
+        for i in range(0, whole, LANES):
             few = min(LANES, tokens - i)
             _transposed_product(a, b, i, size, deep, long, scores)
             top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
@@ -220,12 +253,34 @@ def forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last):
                 for r in range(0, few, TILE):
                     _multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES, False)
                     for u in range(min(TILE, few - r)):
-                        o = load(mixed, u * LANES) * shares[r + u]
-                        store_part(out, at + (i + r + u) * lines[3, 2] + c, width - c, rounded(o, out))
+                        place = at + (i + r + u) * lines[3, 2] + c
+                        write(out, place, width - c, load(mixed, u * LANES) * shares[r + u])
+        if whole < tokens:
+            _transposed_product(a, b, whole, size, deep, long, scores)
+        for i in range(whole, tokens):
+            _gather(scores, i - whole, size, -np.inf, row)
+            top, total = splat(-np.inf, scores), splat(0.0, scores)
+            for j in range(0, size, LANES):
+                top = larger(top, load(row, j))
+            m1 = largest(top) * scale
+            for j in range(0, size, LANES):
+                e = _weight(row, j, scale, m1)
+                total = total + e
+                write(one, j, LANES, e)
+            tops[head * tokens + i] = m1
+            share = np.float32(1) / total_of(total)
+            for c in range(0, wide, LANES):
+                place = at + i * lines[3, 2] + c
+                write(out, place, width - c, _mix(words(one), y, c, wide, n // p, scores) * share)
 
 
 @kernel
-def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
+def forward(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_forward, team, args)
+
+
+@inner
+def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
     """Gradients of q, k and v for the heads from `first` to `last`: with the weights P = softmax(scale q k^T),
 
     dv = P^T dout,  dS = P (dP - sum(P dP)) with dP = dout v^T,  dq = scale dS k,  dk = scale dS^T q.
@@ -246,6 +301,8 @@ def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width,
     scores, products = np.empty((rows + TILE) * LANES, np.float32), np.empty((rows + TILE) * LANES, np.float32)
     dkeys, dvalues = np.empty(rows * wide, np.float32), np.empty(rows * wide, np.float32)
     mixed = np.empty(TILE * LANES, np.float32)
+    row, drow, one = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
+    whole = _num_whole(tokens)
     for head in range(first, last):
         at_q, at_k = _place(lines, 0, heads, head), _place(lines, 1, heads, head)
         at_v, at_out = _place(lines, 2, heads, head), _place(lines, 3, heads, head)
@@ -259,7 +316,7 @@ def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width,
         at_q, at_k, at_v = _place(lines, 4, heads, head), _place(lines, 5, heads, head), _place(lines, 6, heads, head)
         dkeys[:] = 0
         dvalues[:] = 0
-        for i in range(0, tokens, LANES):
+        for i in range(0, whole, LANES):
             few = min(LANES, tokens - i)
             _transposed_product(k_left, q_across, i, size, deep, long, scores)
             _transposed_product(v_left, dout_across, i, size, deep, long, products)
@@ -288,14 +345,46 @@ def backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width,
                     _multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES, False)
                     for u in range(min(TILE, few - r)):
                         place = at_q + (i + r + u) * lines[4, 2] + c
-                        store_part(dq, place, width - c, rounded(load(mixed, u * LANES) * factor, dq))
+                        write(dq, place, width - c, load(mixed, u * LANES) * factor)
                 line, there = LANES // p, i // p * wide + c
                 for j in range(0, size, TILE):
                     at = j * wide + c
                     _multiply(weights_left, j * line, line, 1, dout_along, there, wide, line, dvalues, at, wide, True)
                     _multiply(ds_left, j * line, line, 1, q_along, there, wide, line, dkeys, at, wide, True)
+        if whole < tokens:
+            _transposed_product(k_left, q_across, whole, size, deep, long, scores)
+            _transposed_product(v_left, dout_across, whole, size, deep, long, products)
+        for i in range(whole, tokens):
+            _gather(scores, i - whole, size, -np.inf, row)
+            _gather(products, i - whole, size, 0.0, drow)
+            m1, total, mean = tops[head * tokens + i], splat(0.0, scores), splat(0.0, scores)
+            for j in range(0, size, LANES):
+                e = _weight(row, j, scale, m1)
+                store(row, j, e)
+                total, mean = total + e, fma(e, load(drow, j), mean)
+            share1 = np.float32(1) / total_of(total)
+            mean1 = total_of(mean) * share1
+            for j in range(0, size, LANES):
+                e = load(row, j) * share1
+                store(row, j, e)
+                e = e * (load(drow, j) - mean1)
+                store(drow, j, e)
+                write(one, j, LANES, e)
+            for c in range(0, wide, LANES):
+                place = at_q + i * lines[4, 2] + c
+                write(dq, place, width - c, _mix(words(one), k_along, c, wide, n // p, scores) * factor)
+                x = read(q, _place(lines, 0, heads, head) + i * lines[0, 2] + c, width - c)
+                upstream = read(dout, _place(lines, 3, heads, head) + i * lines[3, 2] + c, width - c)
+                for j in range(size):
+                    at = j * wide + c
+                    store(dkeys, at, fma(x, drow[j], load(dkeys, at)))
+                    store(dvalues, at, fma(upstream, row[j], load(dvalues, at)))
         for j in range(size):
             for c in range(0, wide, LANES):
-                dkey = load(dkeys, j * wide + c) * factor
-                store_part(dk, at_k + j * lines[5, 2] + c, width - c, rounded(dkey, dk))
-                store_part(dv, at_v + j * lines[6, 2] + c, width - c, rounded(load(dvalues, j * wide + c), dv))
+                write(dk, at_k + j * lines[5, 2] + c, width - c, load(dkeys, j * wide + c) * factor)
+                write(dv, at_v + j * lines[6, 2] + c, width - c, load(dvalues, j * wide + c))
+
+
+@kernel
+def backward(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_backward, team, args)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import torch
 
@@ -50,9 +51,8 @@ def run_beside(work: Callable[[], None], threads: int) -> None:
         except BaseException as error:
             errors.append(error)
 
-    # A child forked after its parent came here has none of OpenMP's threads, but waits for them.
-    openmp = _openmp() if threads > 1 and _first_process() == os.getpid() else None
-    if openmp is not None:
+    openmp = _openmp()
+    if threads > 1 and openmp is not None:
         openmp.GOMP_parallel(_CALLBACK(call), None, ctypes.c_uint(threads), ctypes.c_uint(0))
     else:
         others = [pool(threads - 1).submit(call) for _ in range(threads - 1)]
@@ -63,17 +63,29 @@ def run_beside(work: Callable[[], None], threads: int) -> None:
         raise errors[0]
 
 
-def share_out(task: Callable[[int, int], None], count: int, threads: int) -> None:
-    """`task(first, last)` for ranges that make up 0 to `count`, on `threads` threads."""
+def share_out(kernel: Callable[..., None], count: int, threads: int, *args: Any) -> None:
+    """`kernel(team, *args)` (see `_kernels`) for 0 to `count`, on `threads` threads."""
     # More parts than threads: where one is held up, the others take its next part.
     size = max(1, -(-count // (1 if threads == 1 else 4 * threads)))
-    queue = iter(range(0, count, size))
+    if threads == 1:
+        kernel((0, 1, 0, count, size), *args)
+    elif openmp := _openmp():
+        address = ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p).value
+        kernel((address, threads, 0, count, size), *args)
+    else:
+        queue = iter(range(0, count, size))
 
-    def work() -> None:
-        for first in queue:
-            task(first, min(first + size, count))
+        def work() -> None:
+            for first in queue:
+                kernel((0, 1, first, min(first + size, count), size), *args)
 
-    run_beside(work, threads)
+        run_beside(work, threads)
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP that torch has loaded, if it is GCC's and its threads are this process's own."""
+    # A child forked after its parent came here has none of the threads, but would wait for them.
+    return _loaded_openmp() if _first_process() == os.getpid() else None
 
 
 @cache
@@ -82,8 +94,7 @@ def _first_process() -> int:
 
 
 @cache
-def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP that torch has loaded, if it is GCC's."""
+def _loaded_openmp() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None
     folder = str(Path(torch.__file__).parent)  # torch/lib, or torch.libs beside it

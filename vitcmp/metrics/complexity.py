@@ -68,6 +68,7 @@ FREE = frozenset(
     slice_backward embedding_dense_backward avg_pool2d_backward _adaptive_avg_pool2d_backward unfold_backward
     upsample_bicubic2d_backward _upsample_bicubic2d_aa_backward native_dropout_backward _fused_rms_norm_backward
     _fused_adamw_ _record_function_enter_new _record_function_exit
+    bias_gelu bias_gelu_backward layer_norm_backward
     """.split()  # noqa: SIM905
 )
 _OVERWRITES = frozenset("copy_ fill_ zero_ bernoulli_ resize_".split())  # noqa: SIM905

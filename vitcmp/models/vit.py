@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitcmp import attention
 from vitcmp.attention import LayerConfig, TokenGrid, attention_map
 from vitcmp.configs import PRESETS, ModelConfig, UserError, choose, split
+from vitcmp.models._fused import layer_norm, linear_gelu
 
 
 class PatchEmbedding(nn.Module):
@@ -60,15 +61,33 @@ class DropPath(nn.Module):
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, dropout, linear: [B, N, dim] -> [B, N, dim]."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, dropout, last = self
+        return last(dropout(linear_gelu(x, *first.parameters())))
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): [B, N, dim] -> [B, N, dim]."""
 
     def __init__(self, dim: int, mlp_dim: int, mixer: nn.Module, dropout: float, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = Norm(dim, eps=1e-6)
         self.attention = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim))
+        self.norm2 = Norm(dim, eps=1e-6)
+        self.mlp = MLP(dim, mlp_dim, dropout)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
