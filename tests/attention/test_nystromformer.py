@@ -10,6 +10,7 @@ from attention_cases import Case, make_block, make_layer, make_qkv, merge_heads,
 from test_softmax import softmax_twin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vitcmp import attention
 from vitcmp.attention import AttentionError, DegenerateWarning, LayerConfig, TokenGrid
@@ -108,13 +109,13 @@ def test_no_matrix_of_tokens_by_tokens_arises() -> None:
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            sizes.append(out.numel())
+            sizes.extend(x.numel() for x in tree_leaves(out))
             return out
 
     q, k, v = (x[:1, :1] for x in make_qkv(1024))
     with Record():
         NystromAttention(32, 6)(q, k, v)
-    assert max(sizes) == 1024 * 32
+    assert max(sizes) <= 1024 * 32
 
 
 def test_scores_and_inverse_are_in_fp32_under_autocast() -> None:

@@ -208,6 +208,38 @@ def append(typing, array, place, x, mask):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def store_transposed(typing, out, place, line, n, array, at, row):  # type: ignore[no-untyped-def]
+    """Writes n columns, at most LANES, of LANES rows of `array`, `row` apart from `at` on, each to a line of `out`.
+
+    As rows are read in whole vectors, LANES elements of each must lie within the array.
+    """
+
+    def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        target, place, line, n, source, at, row = args
+        vectors = []
+        for _ in range(LANES):
+            vectors.append(builder.load(_pointer(context, builder, array, source, at), align=array.dtype.bitwidth // 8))
+            at = builder.add(at, row)
+        for half in (1, 2, 4, 8):
+            # Of blocks of 2 half x 2 half, the two off the diagonal change places.
+            upper = [lane if not lane & half else LANES + lane - half for lane in range(LANES)]
+            lower = [lane + half if not lane & half else LANES + lane for lane in range(LANES)]
+            for i in (i for i in range(LANES) if not i & half):
+                pair = vectors[i], vectors[i + half]
+                vectors[i], vectors[i + half] = (
+                    builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(INT32, LANES), order))
+                    for order in (upper, lower)
+                )
+        for number, vector in enumerate(vectors):
+            with builder.if_then(builder.icmp_signed("<", n.type(number), n)):
+                builder.store(vector, _pointer(context, builder, out, target, place), align=out.dtype.bitwidth // 8)
+            place = builder.add(place, line)
+        return context.get_dummy_value()
+
+    return types.none(out, types.intp, types.intp, types.intp, array, types.intp, types.intp), build
+
+
+@intrinsic
 def places(typing, first):  # type: ignore[no-untyped-def]
     """first, first + 1, ... as int32."""
     return Vector(types.int32)(types.intp), lambda context, builder, sig, args: _places(context, builder, args[0])

@@ -31,6 +31,7 @@ from vitcmp.attention._simd import (
     splat,
     store,
     store_part,
+    store_transposed,
     to_bf16,
     total_of,
     write,
@@ -150,12 +151,15 @@ def _pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
 
 @inner
 def _pack_across(x, at, line, tokens, width, rows, out):  # type: ignore[no-untyped-def]
-    """The same transposed, as memory that the products read: (pairs of) columns side by side. `rows` is scratch."""
+    """The same transposed, as memory that the products read: (pairs of) columns side by side.
+
+    `rows` is scratch, which holds zeros before its first use.
+    """
     _pack_left(x, at, line, tokens, width, rows)
     source, deep, long = words(rows), _up(width, pair_size(x)) // pair_size(x), _up(tokens, LANES)
-    for t in range(deep):
-        for i in range(tokens):
-            out[t * long + i] = source[i * deep + t]
+    for t in range(0, deep, LANES):
+        for i in range(0, tokens, LANES):
+            store_transposed(out, t * long + i, long, deep - t, source, i * deep + t, deep)
 
 
 @inner
@@ -225,7 +229,7 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(size, 2)
     rows = _up(size, LANES)
     deep = _up(width, p) // p
-    scratch, values = np.empty(long * deep * p + LANES, q.dtype), np.zeros(rows * wide, q.dtype)
+    scratch, values = np.zeros(long * deep * p + LANES * p, q.dtype), np.zeros(rows * wide, q.dtype)
     keys, queries = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(long * deep * p, q.dtype)
     a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * LANES, q.dtype))
     scores, mixed = np.empty((rows + TILE) * LANES, np.float32), np.empty(TILE * LANES, np.float32)
@@ -291,7 +295,7 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
     wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(size, 2)
     rows = _up(size, LANES)
     deep = _up(width, p) // p
-    scratch, left = np.empty(long * deep * p + LANES, q.dtype), np.zeros((2, rows * deep * p + LANES), q.dtype)
+    scratch, left = np.zeros(long * deep * p + LANES * p, q.dtype), np.zeros((2, rows * deep * p + LANES), q.dtype)
     across, along = np.zeros((2, long * deep * p), q.dtype), np.zeros((3, max(rows, long) * wide), q.dtype)
     k_left, v_left, q_across, dout_across = words(left[0]), words(left[1]), words(across[0]), words(across[1])
     q_along, k_along, dout_along = words(along[0]), words(along[1]), words(along[2])

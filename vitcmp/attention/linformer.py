@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
@@ -39,25 +38,6 @@ class Config:
     """none: each head has its own E and F; heads: all share E and F; key-value: all share one matrix, E = F."""
 
 
-class FewKeysAttention(nn.Module):
-    """Softmax attention of queries [B, H, N, K] to keys and values [B, H, n, K], in the quickest form.
-
-    On a CPU, explicit weights are quickest up to 64 keys where heads are wide, above all with the scale on the keys.
-    """
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        self.dropout, self.to_many = dropout, SoftmaxAttention("auto", dropout)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.device.type != "cpu" or k.shape[-2] > 64 or q.shape[-1] <= 32:
-            return self.to_many(q, k, v)
-        weights = q @ (k * q.shape[-1] ** -0.5).transpose(-2, -1)  # [B, H, N, n]
-        with torch.autocast(q.device.type, enabled=False):
-            weights = weights.softmax(dim=-1)
-        return F.dropout(weights, self.dropout, self.training) @ v
-
-
 class LinformerAttention(nn.Module):
     """Shapes: q, k, v and the result are [B, H, N, K]. Fewer tokens than the grid has use the first columns.
 
@@ -67,7 +47,7 @@ class LinformerAttention(nn.Module):
     def __init__(self, num_heads: int, grid: TokenGrid, proj_dim: int, sharing: str, dropout: float) -> None:
         super().__init__()
         self.grid, self.dropout = grid, dropout
-        self.softmax = FewKeysAttention(dropout)
+        self.softmax = SoftmaxAttention("auto", dropout)
         shape = (num_heads if sharing == "none" else 1, proj_dim, grid.num_tokens)
         self.key_projection = nn.Parameter(torch.empty(shape))
         self.value_projection = None if sharing == "key-value" else nn.Parameter(torch.empty(shape))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+from vitcmp.attention.softmax import SoftmaxAttention
 
 PAPER = "https://arxiv.org/abs/2102.03902"
 COST = "O(N m K + m^3)"
@@ -51,19 +52,17 @@ class NystromAttention(nn.Module):
     def __init__(self, num_landmarks: int, pinv_iterations: int) -> None:
         super().__init__()
         self.num_landmarks, self.pinv_iterations = num_landmarks, pinv_iterations
+        self.softmax = SoftmaxAttention("auto", dropout=0.0)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            # Landmarks are scaled in place of queries, as they are fewer.
-            q, k, scale = wide(q), wide(k), q.shape[-1] ** -0.5
-            q_landmarks = segment_means(q, self.num_landmarks) * scale
-            k_landmarks = segment_means(k, self.num_landmarks)
-            f = (q @ (k_landmarks * scale).transpose(-2, -1)).softmax(dim=-1)  # [B, H, N, m]
-            a = (q_landmarks @ k_landmarks.transpose(-2, -1)).softmax(dim=-1)  # [B, H, m, m]
-            b = (q_landmarks @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, H, m, N]
+            q, k = wide(q), wide(k)
+            q_landmarks, k_landmarks = (segment_means(x, self.num_landmarks) for x in (q, k))  # [B, H, m, K]
+            a = (q_landmarks * q.shape[-1] ** -0.5 @ k_landmarks.transpose(-2, -1)).softmax(dim=-1)  # [B, H, m, m]
             z = pseudo_inverse(a, self.pinv_iterations)
-            # From the right: no N x N, and the fewest products wherever N > K.
-            return (f @ (z @ (b @ wide(v)))).to(v.dtype)
+            # From the right: no N x N, and the fewest products wherever N > K. Either end is softmax attention.
+            mixed = self.softmax(q_landmarks, k, wide(v))  # B v
+            return self.softmax(q, k_landmarks, z @ mixed).to(v.dtype)
 
 
 def segment_means(x: Tensor, num_segments: int) -> Tensor:
@@ -85,13 +84,14 @@ def mean(x: Tensor) -> Tensor:
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
     """Near the pseudo-inverse of each matrix of [..., m, m], all with non-negative entries and row sums of 1."""
     # |A|_inf, the largest row sum, is 1; |A|_1 is the largest column sum.
-    z = a.transpose(-2, -1) / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)
+    z = (a.transpose(-2, -1) / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)).flatten(0, -3)
+    flat = a.flatten(0, -3)
     for _ in range(iterations):
         # Multiplied out, which needs no I: Z (13 I - P) / 4, P = A Z (15 I - A Z (7 I - A Z)).
-        az = a @ z
-        p = (az @ (az @ az).sub_(az, alpha=7)).add_(az, alpha=15)
-        z = (z @ p).div_(-4).add_(z, alpha=13 / 4)
-    return z
+        az = flat @ z
+        p = torch.baddbmm(az, az, torch.baddbmm(az, az, az, beta=-7), beta=15)
+        z = torch.baddbmm(z, z, p, beta=13 / 4, alpha=-1 / 4)
+    return z.view_as(a)
 
 
 class AddSequenceConvolution(nn.Module):

@@ -63,8 +63,8 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     if q.device.type != "cpu":
         return "fused"
     in_bf16, queries, (keys, width) = q.dtype == torch.bfloat16, q.shape[-2], k.shape[-2:]
-    # Wide heads pay with as many keys as queries, and as long as a head's keys stay in a core's cache.
-    pays = width <= 32 or (width <= 64 and keys >= queries)
+    # Wide heads pay as long as a head's keys stay in a core's cache; in bf16 not for few queries or few keys.
+    pays = width <= 32 or (width <= 64 and not (in_bf16 and min(queries, keys) < 64))
     if pays and (in_bf16 or keys * width <= 2**18) and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.

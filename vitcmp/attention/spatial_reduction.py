@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
 from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
-from vitcmp.attention.linformer import FewKeysAttention
 from vitcmp.attention.nystromformer import segment_means
+from vitcmp.attention.softmax import SoftmaxAttention
 
 PAPER = "https://arxiv.org/abs/2102.12122"
 COST = "O(N^2 K / r^2)"
@@ -43,7 +43,7 @@ class SpatialReductionAttention(nn.Module):
     def __init__(self, grid: TokenGrid, sr_ratio: int, dropout: float) -> None:
         super().__init__()
         self.grid, self.regions, self.dropout = grid, region_grid(grid, sr_ratio), dropout
-        self.softmax = FewKeysAttention(dropout)
+        self.softmax = SoftmaxAttention("auto", dropout)
 
     def _reduced(self, x: Tensor) -> Tensor:
         """P x: [B, H, N, K] -> [B, H, prefix tokens + regions, K]."""
