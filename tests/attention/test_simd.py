@@ -86,3 +86,39 @@ def test_pairs_of_bf16_are_multiplied(multiplies: bool, monkeypatch: pytest.Monk
     multiply(short[0].view(torch.int16).numpy().view(np.int32), x, y, out)
     a, x, y = (z.float().numpy() for z in short)
     np.testing.assert_allclose(out, 0.5 + a[2] * x + a[3] * y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+@pytest.mark.parametrize(("few", "n"), [(16, 16), (1, 1), (3, 13), (16, 32), (5, 31)])
+def test_rows_are_transposed(few: int, n: int, dtype: type) -> None:
+    share = 4 // np.dtype(dtype).itemsize
+    n = min(n, simd.LANES * share)
+
+    @njit
+    def transpose(x, out):  # type: ignore[no-untyped-def]
+        simd.store_transposed(out, 2, x, 1, 33, few, n)
+
+    x = np.arange(1, 1 + (few - 1) * 33 + 1 + n, dtype=dtype)
+    out = np.full(2 + 17 * simd.LANES, -1, np.float32 if share == 1 else np.int32)
+    transpose(x, out)
+    words = -(-n // share)
+    rows = np.zeros((simd.LANES, words * share), dtype)
+    for i in range(simd.LANES):
+        start = 1 + min(i, few - 1) * 33
+        rows[i, :n] = x[start : start + n]
+    wanted = rows.view(out.dtype).T
+    np.testing.assert_array_equal(out[2 : 2 + words * simd.LANES].reshape(words, simd.LANES), wanted)
+    assert (out[:2] == -1).all()
+    assert (out[2 + words * simd.LANES :] == -1).all()
+
+
+def test_a_polynomial() -> None:
+    cubic = simd.polynomial(2.0, 0.0, -1.0, 0.5)
+
+    @njit
+    def evaluate(x, out):  # type: ignore[no-untyped-def]
+        simd.store(out, 0, cubic(simd.load(x, 0)))
+
+    x, out = np.linspace(-2, 2, simd.LANES, dtype=np.float32), np.zeros(simd.LANES, np.float32)
+    evaluate(x, out)
+    np.testing.assert_allclose(out, 2 * x**3 - x + 0.5, rtol=1e-5, atol=1e-6)

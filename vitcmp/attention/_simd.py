@@ -208,18 +208,34 @@ def append(typing, array, place, x, mask):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_transposed(typing, out, place, line, n, array, at, row):  # type: ignore[no-untyped-def]
-    """Writes n columns, at most LANES, of LANES rows of `array`, `row` apart from `at` on, each to a line of `out`.
+def store_transposed(typing, out, place, array, at, line, few, n):  # type: ignore[no-untyped-def]
+    """Transposes LANES rows of 32-bit words, `line` elements apart in `array` from `at` on, to `out` from `place` on.
 
-    As rows are read in whole vectors, LANES elements of each must lie within the array.
+    The rows after the first `few` repeat the last of these. Of each row n elements are read, at most LANES words; as
+    many lines of LANES are written as there are words.
     """
+    share = 32 // array.dtype.bitwidth
 
     def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        target, place, line, n, source, at, row = args
+        target, place, source, at, line, few, n = args
+        items = ir.VectorType(context.get_value_type(array.dtype), LANES * share)
+        numbers = ir.VectorType(INT32, LANES * share)
+        spread = builder.insert_element(ir.Constant(numbers, ir.Undefined), builder.trunc(n, INT32), INT32(0))
+        spread = builder.shuffle_vector(spread, spread, ir.Constant(numbers, [0] * LANES * share))
+        mask = builder.icmp_signed(">", spread, ir.Constant(numbers, list(range(LANES * share))))
+        data = context.make_array(array)(context, builder, value=source).data
+        name = f"llvm.masked.load.v{LANES * share}{'f' if share == 1 else 'i'}{array.dtype.bitwidth}.p0"
+        kind = ir.FunctionType(items, [items.as_pointer(), INT32, mask.type, items])
+        load_masked = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
         vectors = []
-        for _ in range(LANES):
-            vectors.append(builder.load(_pointer(context, builder, array, source, at), align=array.dtype.bitwidth // 8))
-            at = builder.add(at, row)
+        for number in range(LANES):
+            if number:
+                at = builder.add(
+                    at, builder.select(builder.icmp_signed(">", few, few.type(number)), line, line.type(0))
+                )
+            pointer = builder.bitcast(builder.gep(data, [at]), items.as_pointer())
+            row = builder.call(load_masked, [pointer, INT32(array.dtype.bitwidth // 8), mask, ir.Constant(items, None)])
+            vectors.append(builder.bitcast(row, ir.VectorType(context.get_value_type(out.dtype), LANES)))
         for half in (1, 2, 4, 8):
             # Of blocks of 2 half x 2 half, the two off the diagonal change places.
             upper = [lane if not lane & half else LANES + lane - half for lane in range(LANES)]
@@ -231,12 +247,12 @@ def store_transposed(typing, out, place, line, n, array, at, row):  # type: igno
                     for order in (upper, lower)
                 )
         for number, vector in enumerate(vectors):
-            with builder.if_then(builder.icmp_signed("<", n.type(number), n)):
-                builder.store(vector, _pointer(context, builder, out, target, place), align=out.dtype.bitwidth // 8)
-            place = builder.add(place, line)
+            with builder.if_then(builder.icmp_signed("<", n.type(number * share), n)):
+                builder.store(vector, _pointer(context, builder, out, target, place), align=4)
+            place = builder.add(place, place.type(LANES))
         return context.get_dummy_value()
 
-    return types.none(out, types.intp, types.intp, types.intp, array, types.intp, types.intp), build
+    return types.none(out, types.intp, array, types.intp, types.intp, types.intp, types.intp), build
 
 
 @intrinsic

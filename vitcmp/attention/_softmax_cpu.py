@@ -150,16 +150,14 @@ def _pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _pack_across(x, at, line, tokens, width, rows, out):  # type: ignore[no-untyped-def]
-    """The same transposed, as memory that the products read: (pairs of) columns side by side.
+def _pack_across(x, at, line, few, width, out):  # type: ignore[no-untyped-def]
+    """At most LANES rows of it transposed, as memory that the products read: (pairs of) columns side by side.
 
-    `rows` is scratch, which holds zeros before its first use.
+    Lanes without a row repeat the last one.
     """
-    _pack_left(x, at, line, tokens, width, rows)
-    source, deep, long = words(rows), _up(width, pair_size(x)) // pair_size(x), _up(tokens, LANES)
-    for t in range(0, deep, LANES):
-        for i in range(0, tokens, LANES):
-            store_transposed(out, t * long + i, long, deep - t, source, i * deep + t, deep)
+    step = LANES * pair_size(x)
+    for c in range(0, width, step):
+        store_transposed(out, c // pair_size(x) * LANES, x, at + c, line, few, width - c)
 
 
 @inner
@@ -180,10 +178,10 @@ def _place(lines, array, heads, head):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _transposed_product(a, b, column, size, deep, long, out):  # type: ignore[no-untyped-def]
+def _transposed_product(a, b, size, deep, out):  # type: ignore[no-untyped-def]
     """out [M, LANES] = all keys' rows of a, times LANES queries' columns of b; -inf for a key that makes M even."""
     for j in range(0, size, TILE):
-        _multiply(a, j * deep, deep, 1, b, column, long, deep, out, j * LANES, LANES, False)
+        _multiply(a, j * deep, deep, 1, b, 0, LANES, deep, out, j * LANES, LANES, False)
     if size % 2:
         store(out, size * LANES, splat(-np.inf, out))
 
@@ -226,23 +224,22 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     """Outputs of the heads from `first` to `last`, and the maxima of their scaled scores, [heads N]."""
     p = pair_size(q)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(size, 2)
-    rows = _up(size, LANES)
+    wide, rows, n = _up(width, LANES), _up(size, LANES), _up(size, 2)
     deep = _up(width, p) // p
-    scratch, values = np.zeros(long * deep * p + LANES * p, q.dtype), np.zeros(rows * wide, q.dtype)
-    keys, queries = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(long * deep * p, q.dtype)
+    keys, values = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * wide, q.dtype)
+    queries = np.empty(LANES * deep * p, q.dtype)
     a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * LANES, q.dtype))
     scores, mixed = np.empty((rows + TILE) * LANES, np.float32), np.empty(TILE * LANES, np.float32)
     shares, row, one = np.empty(LANES, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
     whole = _num_whole(tokens)
     for head in range(first, last):
-        _pack_across(q, _place(lines, 0, heads, head), lines[0, 2], tokens, width, scratch, b)
+        at_q, at = _place(lines, 0, heads, head), _place(lines, 3, heads, head)
         _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], size, width, keys)
         _pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width, y)
-        at = _place(lines, 3, heads, head)
         for i in range(0, whole, LANES):
             few = min(LANES, tokens - i)
-            _transposed_product(a, b, i, size, deep, long, scores)
+            _pack_across(q, at_q + i * lines[0, 2], lines[0, 2], few, width, b)
+            _transposed_product(a, b, size, deep, scores)
             top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
             for j in range(0, n * LANES, 2 * LANES):
                 top, top2 = larger(top, load(scores, j)), larger(top2, load(scores, j + LANES))
@@ -260,7 +257,8 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
                         place = at + (i + r + u) * lines[3, 2] + c
                         write(out, place, width - c, load(mixed, u * LANES) * shares[r + u])
         if whole < tokens:
-            _transposed_product(a, b, whole, size, deep, long, scores)
+            _pack_across(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, b)
+            _transposed_product(a, b, size, deep, scores)
         for i in range(whole, tokens):
             _gather(scores, i - whole, size, -np.inf, row)
             top, total = splat(-np.inf, scores), splat(0.0, scores)
@@ -292,13 +290,12 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
     p = pair_size(q)
     factor = np.float32(width**-0.5)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, long, n = _up(width, LANES), _up(tokens, LANES), _up(size, 2)
-    rows = _up(size, LANES)
+    wide, rows, n = _up(width, LANES), _up(size, LANES), _up(size, 2)
     deep = _up(width, p) // p
-    scratch, left = np.zeros(long * deep * p + LANES * p, q.dtype), np.zeros((2, rows * deep * p + LANES), q.dtype)
-    across, along = np.zeros((2, long * deep * p), q.dtype), np.zeros((3, max(rows, long) * wide), q.dtype)
-    k_left, v_left, q_across, dout_across = words(left[0]), words(left[1]), words(across[0]), words(across[1])
-    q_along, k_along, dout_along = words(along[0]), words(along[1]), words(along[2])
+    left = np.zeros((2, rows * deep * p + LANES), q.dtype)
+    across, along = np.empty((2, LANES * deep * p), q.dtype), np.empty((2, LANES * wide), q.dtype)
+    k_left, v_left, k_along = words(left[0]), words(left[1]), words(np.zeros(rows * wide, q.dtype))
+    q_across, dout_across, q_along, dout_along = words(across[0]), words(across[1]), words(along[0]), words(along[1])
     # Of all keys and LANES queries: the weights and the gradient of the scores, this also with keys in pairs.
     weights, ds = np.empty(rows * LANES, q.dtype), np.empty(rows * LANES, q.dtype)
     weights_left, ds_left, ds_pairs = words(weights), words(ds), words(np.empty(rows * LANES, q.dtype))
@@ -312,18 +309,24 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
         at_v, at_out = _place(lines, 2, heads, head), _place(lines, 3, heads, head)
         _pack_left(k, at_k, lines[1, 2], size, width, left[0])
         _pack_left(v, at_v, lines[2, 2], size, width, left[1])
-        _pack_across(q, at_q, lines[0, 2], tokens, width, scratch, q_across)
-        _pack_across(dout, at_out, lines[3, 2], tokens, width, scratch, dout_across)
-        _pack_along(q, at_q, lines[0, 2], tokens, width, q_along)
         _pack_along(k, at_k, lines[1, 2], size, width, k_along)
-        _pack_along(dout, at_out, lines[3, 2], tokens, width, dout_along)
-        at_q, at_k, at_v = _place(lines, 4, heads, head), _place(lines, 5, heads, head), _place(lines, 6, heads, head)
+        at_dq, at_dk, at_dv = (
+            _place(lines, 4, heads, head), _place(lines, 5, heads, head), _place(lines, 6, heads, head)
+        )  # fmt: skip
         dkeys[:] = 0
         dvalues[:] = 0
         for i in range(0, whole, LANES):
             few = min(LANES, tokens - i)
-            _transposed_product(k_left, q_across, i, size, deep, long, scores)
-            _transposed_product(v_left, dout_across, i, size, deep, long, products)
+            x, upstream = at_q + i * lines[0, 2], at_out + i * lines[3, 2]
+            _pack_across(q, x, lines[0, 2], few, width, q_across)
+            _pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
+            _transposed_product(k_left, q_across, size, deep, scores)
+            _transposed_product(v_left, dout_across, size, deep, products)
+            # Of queries that are not there, no numbers.
+            if few < LANES:
+                along[:] = 0
+            _pack_along(q, x, lines[0, 2], few, width, q_along)
+            _pack_along(dout, upstream, lines[3, 2], few, width, dout_along)
             m, zero = load_part(tops, head * tokens + i, few, 0.0), splat(0.0, scores)
             if size % 2:
                 store(products, size * LANES, zero)
@@ -348,16 +351,19 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 for r in range(0, few, TILE):
                     _multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES, False)
                     for u in range(min(TILE, few - r)):
-                        place = at_q + (i + r + u) * lines[4, 2] + c
+                        place = at_dq + (i + r + u) * lines[4, 2] + c
                         write(dq, place, width - c, load(mixed, u * LANES) * factor)
-                line, there = LANES // p, i // p * wide + c
+                line = LANES // p
                 for j in range(0, size, TILE):
                     at = j * wide + c
-                    _multiply(weights_left, j * line, line, 1, dout_along, there, wide, line, dvalues, at, wide, True)
-                    _multiply(ds_left, j * line, line, 1, q_along, there, wide, line, dkeys, at, wide, True)
+                    _multiply(weights_left, j * line, line, 1, dout_along, c, wide, line, dvalues, at, wide, True)
+                    _multiply(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, at, wide, True)
         if whole < tokens:
-            _transposed_product(k_left, q_across, whole, size, deep, long, scores)
-            _transposed_product(v_left, dout_across, whole, size, deep, long, products)
+            x, upstream, few = at_q + whole * lines[0, 2], at_out + whole * lines[3, 2], tokens - whole
+            _pack_across(q, x, lines[0, 2], few, width, q_across)
+            _pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
+            _transposed_product(k_left, q_across, size, deep, scores)
+            _transposed_product(v_left, dout_across, size, deep, products)
         for i in range(whole, tokens):
             _gather(scores, i - whole, size, -np.inf, row)
             _gather(products, i - whole, size, 0.0, drow)
@@ -375,18 +381,18 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 store(drow, j, e)
                 write(one, j, LANES, e)
             for c in range(0, wide, LANES):
-                place = at_q + i * lines[4, 2] + c
+                place = at_dq + i * lines[4, 2] + c
                 write(dq, place, width - c, _mix(words(one), k_along, c, wide, n // p, scores) * factor)
-                x = read(q, _place(lines, 0, heads, head) + i * lines[0, 2] + c, width - c)
-                upstream = read(dout, _place(lines, 3, heads, head) + i * lines[3, 2] + c, width - c)
+                query = read(q, at_q + i * lines[0, 2] + c, width - c)
+                gradient = read(dout, at_out + i * lines[3, 2] + c, width - c)
                 for j in range(size):
                     at = j * wide + c
-                    store(dkeys, at, fma(x, drow[j], load(dkeys, at)))
-                    store(dvalues, at, fma(upstream, row[j], load(dvalues, at)))
+                    store(dkeys, at, fma(query, drow[j], load(dkeys, at)))
+                    store(dvalues, at, fma(gradient, row[j], load(dvalues, at)))
         for j in range(size):
             for c in range(0, wide, LANES):
-                write(dk, at_k + j * lines[5, 2] + c, width - c, load(dkeys, j * wide + c) * factor)
-                write(dv, at_v + j * lines[6, 2] + c, width - c, load(dvalues, j * wide + c))
+                write(dk, at_dk + j * lines[5, 2] + c, width - c, load(dkeys, j * wide + c) * factor)
+                write(dv, at_dv + j * lines[6, 2] + c, width - c, load(dvalues, j * wide + c))
 
 
 @kernel

@@ -3,8 +3,8 @@
     A = softmax(q k^T / sqrt(K)),   out = A v          (Vaswani et al., 2017, equation 1)
 
 Four forms compute the same: `naive` (separate projections, explicit weights), `merged` (one projection, explicit
-weights), `fused` (one projection, torch's scaled_dot_product_attention) and `numba` (one projection, kernels for narrow
-heads on the CPU).
+weights), `fused` (one projection, torch's scaled_dot_product_attention) and `numba` (one projection, kernels for
+the CPU).
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     if q.device.type != "cpu":
         return "fused"
     in_bf16, queries, (keys, width) = q.dtype == torch.bfloat16, q.shape[-2], k.shape[-2:]
-    # Wide heads pay as long as a head's keys stay in a core's cache; in bf16 not for few queries or few keys.
-    pays = width <= 32 or (width <= 64 and not (in_bf16 and min(queries, keys) < 64))
-    if pays and (in_bf16 or keys * width <= 2**18) and can_compile(q, k, v, dropout):
+    # A head's keys must stay in a core's cache. In bf16 explicit weights are quick, and more so the wider the heads.
+    few = 1 if not in_bf16 or width <= 32 else 64 if width <= 64 else 1024
+    fits = width <= 128 and min(queries, keys) >= few and (in_bf16 or keys * width <= 2**18)
+    if fits and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.
     return "fused" if not in_bf16 and keys > 128 else "merged"
