@@ -145,3 +145,12 @@ def test_sizes_that_cannot_work_are_named() -> None:
             attention.load(f"nystromformer:{options}").build(make_layer())
     with pytest.warns(DegenerateWarning, match="17 landmarks for 17 tokens"):
         attention.load("nystromformer:num_landmarks=17").build(make_layer())
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 33, 64])
+def test_the_kernel_finds_what_torch_finds(size: int) -> None:
+    a = torch.randn(3, 2, size, size, generator=torch.Generator().manual_seed(0)).mul(2).softmax(dim=-1)
+    exact = pseudo_inverse(a.double(), 6)
+    ours, torchs = pseudo_inverse(a, 6), pseudo_inverse(a.clone().requires_grad_(), 6)
+    assert relative(ours, exact) < 3 * relative(torchs, exact) + 1e-6
+    assert torch.equal(pseudo_inverse(a.transpose(0, 1), 6), ours.transpose(0, 1))

@@ -36,44 +36,10 @@ from vitcmp.attention._simd import (
     total_of,
     write,
 )  # fmt: skip  # isort: skip
+from vitcmp.attention._tiles import TILE, multiply, up
 
-TILE = 8
-"""Rows of a product that are summed together."""
 MAX_LEFT_OVER = 2
 """Queries after the last whole vector of them that are attended one at a time: a class token often makes one."""
-
-
-@inner(forceinline=True)
-def _multiply(a, at, row, step, b, there, line, n, out, place, width, add):  # type: ignore[no-untyped-def]
-    """A tile of out = a b, or += : TILE rows, LANES columns, n (pairs of) inner numbers.
-
-    Entry (i, t) of a is at `at` + i row + t step, row t of b at `there` + t line, row i of the tile at
-    `place` + i width.
-    """
-    zero = splat(0.0, out)
-    s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
-    if add:
-        s0, s1, s2, s3 = (
-            load(out, place), load(out, place + width), load(out, place + 2 * width), load(out, place + 3 * width)
-        )  # fmt: skip
-        s4, s5, s6, s7 = (
-            load(out, place + 4 * width), load(out, place + 5 * width), load(out, place + 6 * width),
-            load(out, place + 7 * width),
-        )  # fmt: skip
-    for t in range(n):
-        y, x = load(b, there + t * line), at + t * step
-        s0, s1 = multiply_add(a, x, y, s0), multiply_add(a, x + row, y, s1)
-        s2, s3 = multiply_add(a, x + 2 * row, y, s2), multiply_add(a, x + 3 * row, y, s3)
-        s4, s5 = multiply_add(a, x + 4 * row, y, s4), multiply_add(a, x + 5 * row, y, s5)
-        s6, s7 = multiply_add(a, x + 6 * row, y, s6), multiply_add(a, x + 7 * row, y, s7)
-    store(out, place, s0)
-    store(out, place + width, s1)
-    store(out, place + 2 * width, s2)
-    store(out, place + 3 * width, s3)
-    store(out, place + 4 * width, s4)
-    store(out, place + 5 * width, s5)
-    store(out, place + 6 * width, s6)
-    store(out, place + 7 * width, s7)
 
 
 def pair_size(x):  # type: ignore[no-untyped-def]
@@ -136,14 +102,9 @@ def _store_joined(out, place, line, first, second):  # type: ignore[no-untyped-d
 
 
 @inner
-def _up(n, multiple):  # type: ignore[no-untyped-def]
-    return (n + multiple - 1) // multiple * multiple
-
-
-@inner
 def _pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
     """A head's [N, K] as a product's left operand: rows side by side. What follows the last row is overwritten."""
-    deep = _up(width, pair_size(x))
+    deep = up(width, pair_size(x))
     for i in range(tokens):
         for c in range(0, width, LANES):
             store(out, i * deep + c, load_part(x, at + i * line + c, width - c, 0))
@@ -163,7 +124,7 @@ def _pack_across(x, at, line, few, width, out):  # type: ignore[no-untyped-def]
 @inner
 def _pack_along(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
     """The same with (pairs of) tokens side by side, as memory that the products read."""
-    p, wide = pair_size(x), _up(width, LANES)
+    p, wide = pair_size(x), up(width, LANES)
     for i in range(0, tokens, p):
         for c in range(0, width, LANES):
             first = load_part(x, at + i * line + c, width - c, 0)
@@ -181,7 +142,7 @@ def _place(lines, array, heads, head):  # type: ignore[no-untyped-def]
 def _transposed_product(a, b, size, deep, out):  # type: ignore[no-untyped-def]
     """out [M, LANES] = all keys' rows of a, times LANES queries' columns of b; -inf for a key that makes M even."""
     for j in range(0, size, TILE):
-        _multiply(a, j * deep, deep, 1, b, 0, LANES, deep, out, j * LANES, LANES, False)
+        multiply(a, j * deep, deep, 1, b, 0, LANES, deep, out, j * LANES, LANES, False)
     if size % 2:
         store(out, size * LANES, splat(-np.inf, out))
 
@@ -224,8 +185,8 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     """Outputs of the heads from `first` to `last`, and the maxima of their scaled scores, [heads N]."""
     p = pair_size(q)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, rows, n = _up(width, LANES), _up(size, LANES), _up(size, 2)
-    deep = _up(width, p) // p
+    wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
+    deep = up(width, p) // p
     keys, values = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * wide, q.dtype)
     queries = np.empty(LANES * deep * p, q.dtype)
     a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * LANES, q.dtype))
@@ -252,7 +213,7 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
             store_part(tops, head * tokens + i, few, m)
             for c in range(0, wide, LANES):
                 for r in range(0, few, TILE):
-                    _multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES, False)
+                    multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES, False)
                     for u in range(min(TILE, few - r)):
                         place = at + (i + r + u) * lines[3, 2] + c
                         write(out, place, width - c, load(mixed, u * LANES) * shares[r + u])
@@ -290,8 +251,8 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
     p = pair_size(q)
     factor = np.float32(width**-0.5)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, rows, n = _up(width, LANES), _up(size, LANES), _up(size, 2)
-    deep = _up(width, p) // p
+    wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
+    deep = up(width, p) // p
     left = np.zeros((2, rows * deep * p + LANES), q.dtype)
     across, along = np.empty((2, LANES * deep * p), q.dtype), np.empty((2, LANES * wide), q.dtype)
     k_left, v_left, k_along = words(left[0]), words(left[1]), words(np.zeros(rows * wide, q.dtype))
@@ -349,15 +310,15 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 store_joined(ds_pairs, j // p, LANES, e, e2)
             for c in range(0, wide, LANES):
                 for r in range(0, few, TILE):
-                    _multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES, False)
+                    multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES, False)
                     for u in range(min(TILE, few - r)):
                         place = at_dq + (i + r + u) * lines[4, 2] + c
                         write(dq, place, width - c, load(mixed, u * LANES) * factor)
                 line = LANES // p
                 for j in range(0, size, TILE):
                     at = j * wide + c
-                    _multiply(weights_left, j * line, line, 1, dout_along, c, wide, line, dvalues, at, wide, True)
-                    _multiply(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, at, wide, True)
+                    multiply(weights_left, j * line, line, 1, dout_along, c, wide, line, dvalues, at, wide, True)
+                    multiply(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, at, wide, True)
         if whole < tokens:
             x, upstream, few = at_q + whole * lines[0, 2], at_out + whole * lines[3, 2], tokens - whole
             _pack_across(q, x, lines[0, 2], few, width, q_across)
