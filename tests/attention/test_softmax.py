@@ -115,8 +115,9 @@ def test_the_kernels_need_no_instruction_for_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
-def test_scores_of_any_size(scale: float) -> None:
-    q, k, v, dout = strided(1, 2, 50, 8, torch.float32)
+@pytest.mark.parametrize("tokens", [4, 20, 50])
+def test_scores_of_any_size(tokens: int, scale: float) -> None:
+    q, k, v, dout = strided(1, 2, tokens, 8, torch.float32)
     inputs = q * scale, k, v, dout
     exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
     of_torch = with_gradients(attend_at_once, *inputs)

@@ -289,7 +289,8 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 dout_along[:] = 0
             _pack_along(q, x, lines[0, 2], few, width, q_along)
             _pack_along(dout, upstream, lines[3, 2], few, width_v, dout_along)
-            m, zero = load_part(tops, head * tokens + i, few, 0.0), splat(0.0, scores)
+            # Weights of queries that are not there must be finite, to come to nothing.
+            m, zero = load_part(tops, head * tokens + i, few, np.inf), splat(0.0, scores)
             if size % 2:
                 store(products, size * LANES, zero)
             total, total2, mean, mean2 = zero, zero, zero, zero
