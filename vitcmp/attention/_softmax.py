@@ -28,22 +28,19 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @operator("vitcmp::softmax_attention")
 def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    """The attention of q, [B, H, N, K], to k, [B, H, M, K], and v, [B, H, M, V], and the largest scores, [B H, N].
-
-    In fp32 or bf16.
-    """
+    """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and the largest scores, [B H, N]."""
     from vitcmp.attention import _softmax_cpu as cpu
 
     q, k, v = (_side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v)
-    arrays = *_memory(q, k, v, out), tops.view(-1).numpy(), _lines(q, k, v, out), *_sizes(q, k, v)
+    arrays = *_memory(q, k, v, out), tops.view(-1).numpy(), _lines(q, k, v, out), *_sizes(q, k)
     share_out(cpu.forward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
     return [out, tops]
 
 
 @attend.register_fake
 def _results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    return [_empty_like(q, v.shape[3]), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)]
+    return [_empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)]
 
 
 @operator("vitcmp::softmax_attention_backward")
@@ -52,16 +49,16 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> li
     from vitcmp.attention import _softmax_cpu as cpu
 
     q, k, v, dout = inputs = [_side_by_side(x) for x in (q, k, v, dout)]
-    gradients = [_empty_like(x, x.shape[3]) for x in (q, k, v)]
+    gradients = [_empty_like(x) for x in (q, k, v)]
     arrays: list[Any] = [*_memory(*inputs), tops.view(-1).numpy(), *_memory(*gradients)]
-    arrays += [_lines(*inputs, *gradients), *_sizes(q, k, v)]
+    arrays += [_lines(*inputs, *gradients), *_sizes(q, k)]
     share_out(cpu.backward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
     return gradients
 
 
 @_backward.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tensor]:
-    return [_empty_like(x, x.shape[3]) for x in (q, k, v)]
+    return [_empty_like(x) for x in (q, k, v)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
@@ -83,17 +80,15 @@ attend.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.vitcmp.softmax_attention)
-def _flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops(q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Scores and outputs."""
-    return 2 * math.prod(q_shape[:3]) * k_shape[2] * (q_shape[3] + v_shape[3])
+    return 4 * math.prod(q_shape) * k_shape[2]
 
 
 @register_flop_formula(torch.ops.vitcmp.softmax_attention_backward)
-def _backward_flops(
-    dout_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **_: Any
-) -> int:
+def _backward_flops(dout_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
     """Scores again, and four products."""
-    return 2 * math.prod(q_shape[:3]) * k_shape[2] * (3 * q_shape[3] + 2 * v_shape[3])
+    return 10 * math.prod(q_shape) * k_shape[2]
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -101,9 +96,9 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and min(x.stride()[:-1]) > 0 else x.contiguous()
 
 
-def _empty_like(x: Tensor, width: int) -> Tensor:
-    """[B, H, N, width] as the output projection wants to read it: the heads of a token side by side."""
-    batch, heads, tokens, _ = x.shape
+def _empty_like(x: Tensor) -> Tensor:
+    """[B, H, N, K] as the output projection wants to read it: the heads of a token side by side."""
+    batch, heads, tokens, width = x.shape
     return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
@@ -117,10 +112,10 @@ def _memory(*tensors: Tensor) -> list[np.ndarray]:
     return flat
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
-    """Heads, queries, keys, and the widths of queries and values."""
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    """Heads, queries, keys, and the heads' width."""
     _, heads, tokens, width = q.shape
-    return heads, tokens, k.shape[2], width, v.shape[3]
+    return heads, tokens, k.shape[2], width
 
 
 def _lines(*tensors: Tensor) -> np.ndarray:

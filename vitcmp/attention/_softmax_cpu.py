@@ -1,11 +1,11 @@
 """Softmax attention on the CPU, compiled by numba: scores, weights and products of one head stay in a core's cache.
 
 q, k, v and gradients are flat memory of fp32 or of bf16 (as int16); `lines` [arrays, 3] says how far apart images,
-heads and tokens lie in each; the numbers of a token lie side by side, `width` of q and k, `width_v` of v. Products of
-fp32 are summed in fp32; those of bf16 too, two numbers of the inner axis at a time: an operand's layout keeps such
-pairs together, the weights are rounded to bf16 before they meet the values. Lanes of a vector are queries, so that
-maxima and sums over the keys, M of them, need no step across lanes. The kernels hold no locks and no state; threads
-call them on heads of their own. Where a score is not finite, so is its row: a diverging model must show.
+heads and tokens lie in each, and the K numbers of a token lie side by side. Products of fp32 are summed in fp32;
+those of bf16 too, two numbers of the inner axis at a time: an operand's layout keeps such pairs together, the
+weights are rounded to bf16 before they meet the values. Lanes of a vector are queries, so that maxima and sums over the
+keys, M of them, need no step across lanes. The kernels hold no locks and no state; threads call them on
+heads of their own. Where a score is not finite, so is its row: a diverging model must show.
 """
 
 from __future__ import annotations
@@ -181,11 +181,11 @@ def _mix(weights, b, there, line, n, like):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, width_v, first, last):  # type: ignore[no-untyped-def]
+def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
     """Outputs of the heads from `first` to `last`, and the maxima of their scaled scores, [heads N]."""
     p = pair_size(q)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, rows, n = up(width_v, LANES), up(size, LANES), up(size, 2)
+    wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
     deep = up(width, p) // p
     keys, values = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * wide, q.dtype)
     queries = np.empty(LANES * deep * p, q.dtype)
@@ -196,7 +196,7 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, width_v, fir
     for head in range(first, last):
         at_q, at = _place(lines, 0, heads, head), _place(lines, 3, heads, head)
         _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], size, width, keys)
-        _pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width_v, y)
+        _pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width, y)
         for i in range(0, whole, LANES):
             few = min(LANES, tokens - i)
             _pack_across(q, at_q + i * lines[0, 2], lines[0, 2], few, width, b)
@@ -216,7 +216,7 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, width_v, fir
                     multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES, False)
                     for u in range(min(TILE, few - r)):
                         place = at + (i + r + u) * lines[3, 2] + c
-                        write(out, place, width_v - c, load(mixed, u * LANES) * shares[r + u])
+                        write(out, place, width - c, load(mixed, u * LANES) * shares[r + u])
         if whole < tokens:
             _pack_across(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, b)
             _transposed_product(a, b, size, deep, scores)
@@ -234,7 +234,7 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, width_v, fir
             share = np.float32(1) / total_of(total)
             for c in range(0, wide, LANES):
                 place = at + i * lines[3, 2] + c
-                write(out, place, width_v - c, _mix(words(one), y, c, wide, n // p, scores) * share)
+                write(out, place, width - c, _mix(words(one), y, c, wide, n // p, scores) * share)
 
 
 @kernel
@@ -243,7 +243,7 @@ def forward(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width, width_v, first, last):  # type: ignore[no-untyped-def]
+def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
     """Gradients of q, k and v for the heads from `first` to `last`: with the weights P = softmax(scale q k^T),
 
     dv = P^T dout,  dS = P (dP - sum(P dP)) with dP = dout v^T,  dq = scale dS k,  dk = scale dS^T q.
@@ -251,25 +251,25 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
     p = pair_size(q)
     factor = np.float32(width**-0.5)
     scale = np.float32(width**-0.5 / math.log(2))
-    rows, n = up(size, LANES), up(size, 2)
-    wide, wide_v, deep, deep_v = up(width, LANES), up(width_v, LANES), up(width, p) // p, up(width_v, p) // p
-    k_rows, v_rows = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * deep_v * p + LANES, q.dtype)
-    k_left, v_left, k_along = words(k_rows), words(v_rows), words(np.zeros(rows * wide, q.dtype))
-    q_across, dout_across = words(np.empty(LANES * deep * p, q.dtype)), words(np.empty(LANES * deep_v * p, q.dtype))
-    q_along, dout_along = words(np.empty(LANES * wide, q.dtype)), words(np.empty(LANES * wide_v, q.dtype))
+    wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
+    deep = up(width, p) // p
+    left = np.zeros((2, rows * deep * p + LANES), q.dtype)
+    across, along = np.empty((2, LANES * deep * p), q.dtype), np.empty((2, LANES * wide), q.dtype)
+    k_left, v_left, k_along = words(left[0]), words(left[1]), words(np.zeros(rows * wide, q.dtype))
+    q_across, dout_across, q_along, dout_along = words(across[0]), words(across[1]), words(along[0]), words(along[1])
     # Of all keys and LANES queries: the weights and the gradient of the scores, this also with keys in pairs.
     weights, ds = np.empty(rows * LANES, q.dtype), np.empty(rows * LANES, q.dtype)
     weights_left, ds_left, ds_pairs = words(weights), words(ds), words(np.empty(rows * LANES, q.dtype))
     scores, products = np.empty((rows + TILE) * LANES, np.float32), np.empty((rows + TILE) * LANES, np.float32)
-    dkeys, dvalues = np.empty(rows * wide, np.float32), np.empty(rows * wide_v, np.float32)
+    dkeys, dvalues = np.empty(rows * wide, np.float32), np.empty(rows * wide, np.float32)
     mixed = np.empty(TILE * LANES, np.float32)
     row, drow, one = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
     whole = _num_whole(tokens)
     for head in range(first, last):
         at_q, at_k = _place(lines, 0, heads, head), _place(lines, 1, heads, head)
         at_v, at_out = _place(lines, 2, heads, head), _place(lines, 3, heads, head)
-        _pack_left(k, at_k, lines[1, 2], size, width, k_rows)
-        _pack_left(v, at_v, lines[2, 2], size, width_v, v_rows)
+        _pack_left(k, at_k, lines[1, 2], size, width, left[0])
+        _pack_left(v, at_v, lines[2, 2], size, width, left[1])
         _pack_along(k, at_k, lines[1, 2], size, width, k_along)
         at_dq, at_dk, at_dv = (
             _place(lines, 4, heads, head), _place(lines, 5, heads, head), _place(lines, 6, heads, head)
@@ -280,15 +280,14 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
             few = min(LANES, tokens - i)
             x, upstream = at_q + i * lines[0, 2], at_out + i * lines[3, 2]
             _pack_across(q, x, lines[0, 2], few, width, q_across)
-            _pack_across(dout, upstream, lines[3, 2], few, width_v, dout_across)
+            _pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
             _transposed_product(k_left, q_across, size, deep, scores)
-            _transposed_product(v_left, dout_across, size, deep_v, products)
+            _transposed_product(v_left, dout_across, size, deep, products)
             # Of queries that are not there, no numbers.
             if few < LANES:
-                q_along[:] = 0
-                dout_along[:] = 0
+                along[:] = 0
             _pack_along(q, x, lines[0, 2], few, width, q_along)
-            _pack_along(dout, upstream, lines[3, 2], few, width_v, dout_along)
+            _pack_along(dout, upstream, lines[3, 2], few, width, dout_along)
             # Weights of queries that are not there must be finite, to come to nothing.
             m, zero = load_part(tops, head * tokens + i, few, np.inf), splat(0.0, scores)
             if size % 2:
@@ -310,25 +309,23 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 store(ds, j, rounded(e, ds))
                 store(ds, j + LANES, rounded(e2, ds))
                 store_joined(ds_pairs, j // p, LANES, e, e2)
-            line = LANES // p
             for c in range(0, wide, LANES):
                 for r in range(0, few, TILE):
                     multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES, False)
                     for u in range(min(TILE, few - r)):
                         place = at_dq + (i + r + u) * lines[4, 2] + c
                         write(dq, place, width - c, load(mixed, u * LANES) * factor)
+                line = LANES // p
                 for j in range(0, size, TILE):
-                    multiply(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, j * wide + c, wide, True)
-            for c in range(0, wide_v, LANES):
-                for j in range(0, size, TILE):
-                    at = j * wide_v + c
-                    multiply(weights_left, j * line, line, 1, dout_along, c, wide_v, line, dvalues, at, wide_v, True)
+                    at = j * wide + c
+                    multiply(weights_left, j * line, line, 1, dout_along, c, wide, line, dvalues, at, wide, True)
+                    multiply(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, at, wide, True)
         if whole < tokens:
             x, upstream, few = at_q + whole * lines[0, 2], at_out + whole * lines[3, 2], tokens - whole
             _pack_across(q, x, lines[0, 2], few, width, q_across)
-            _pack_across(dout, upstream, lines[3, 2], few, width_v, dout_across)
+            _pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
             _transposed_product(k_left, q_across, size, deep, scores)
-            _transposed_product(v_left, dout_across, size, deep_v, products)
+            _transposed_product(v_left, dout_across, size, deep, products)
         for i in range(whole, tokens):
             _gather(scores, i - whole, size, -np.inf, row)
             _gather(products, i - whole, size, 0.0, drow)
@@ -349,17 +346,15 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 place = at_dq + i * lines[4, 2] + c
                 write(dq, place, width - c, _mix(words(one), k_along, c, wide, n // p, scores) * factor)
                 query = read(q, at_q + i * lines[0, 2] + c, width - c)
+                gradient = read(dout, at_out + i * lines[3, 2] + c, width - c)
                 for j in range(size):
-                    store(dkeys, j * wide + c, fma(query, drow[j], load(dkeys, j * wide + c)))
-            for c in range(0, wide_v, LANES):
-                gradient = read(dout, at_out + i * lines[3, 2] + c, width_v - c)
-                for j in range(size):
-                    store(dvalues, j * wide_v + c, fma(gradient, row[j], load(dvalues, j * wide_v + c)))
+                    at = j * wide + c
+                    store(dkeys, at, fma(query, drow[j], load(dkeys, at)))
+                    store(dvalues, at, fma(gradient, row[j], load(dvalues, at)))
         for j in range(size):
             for c in range(0, wide, LANES):
                 write(dk, at_dk + j * lines[5, 2] + c, width - c, load(dkeys, j * wide + c) * factor)
-            for c in range(0, wide_v, LANES):
-                write(dv, at_dv + j * lines[6, 2] + c, width_v - c, load(dvalues, j * wide_v + c))
+                write(dv, at_dv + j * lines[6, 2] + c, width - c, load(dvalues, j * wide + c))
 
 
 @kernel

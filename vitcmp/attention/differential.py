@@ -6,8 +6,8 @@
 (Ye et al., 2025, equations 1 to 3). The halves of each head's q and k make its two maps; its v keeps the full width, so
 a head here is one of the paper's heads of d = K/2, and has the multiply-adds of a softmax head. The heads of a layer
 share lambda and the weight of the norm; `index` counts layers from 0. Rows of A sum to 1 - lambda, and entries may be
-negative. With attention dropout each map drops weights of its own. Each is a softmax attention of its own where that
-is quickest; elsewhere both are computed a block of queries at a time, and meet the values once.
+negative. With attention dropout each map drops weights of its own. No map exists as a whole: on CUDA each is a call of
+torch's fused attention; elsewhere both are computed a block of queries at a time, and meet the values once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
 from vitcmp.attention._blockwise import attend
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
-from vitcmp.attention.softmax import SoftmaxAttention, quickest
 
 PAPER = "https://arxiv.org/abs/2410.05258"
 COST = "O(N^2 K)"
@@ -38,7 +38,7 @@ class DifferentialAttention(nn.Module):
 
     def __init__(self, head_dim: int, lambda_init: float, dropout: float) -> None:
         super().__init__()
-        self.lambda_init, self.dropout, self.softmax = lambda_init, dropout, SoftmaxAttention("auto", dropout)
+        self.lambda_init, self.dropout = lambda_init, dropout
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
             nn.Parameter(torch.empty(head_dim // 2)) for _ in range(4)
         )
@@ -52,10 +52,12 @@ class DifferentialAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)
-        if not q.is_cuda and quickest(q1, k1, v, dropout) != "numba":
+        if not q.is_cuda:
             return attend(q, k, v, share=self._lambda(), dropout=dropout)
-        first, second = wide(self.softmax(q1, k1, v)), wide(self.softmax(q2, k2, v))
+        first, second = (
+            wide(F.scaled_dot_product_attention(qm, km, v, dropout_p=dropout))
+            for qm, km in zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
+        )
         return (first - self._lambda() * second).to(v.dtype)
 
     def _lambda(self) -> Tensor:

@@ -54,14 +54,15 @@ class SoftmaxAttention(nn.Module):
 def can_compile(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     """Whether the kernels can take it."""
     is_plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16) and q.numel() > 0
-    return is_plain and q.dtype == k.dtype == v.dtype and not dropout
+    fits = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
+    return is_plain and fits and not dropout
 
 
 def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     """A fixed table, so that a run is repeatable; `benchmarks/softmax_forms.py` prints the measurements behind it."""
     if q.device.type != "cpu":
         return "fused"
-    in_bf16, queries, keys, width = q.dtype == torch.bfloat16, q.shape[-2], k.shape[-2], max(q.shape[-1], v.shape[-1])
+    in_bf16, queries, (keys, width) = q.dtype == torch.bfloat16, q.shape[-2], k.shape[-2:]
     # A head's keys must stay in a core's cache. In bf16 explicit weights are quick, and more so the wider the heads.
     few = 1 if not in_bf16 or width <= 32 else 64 if width <= 64 else 1024
     fits = width <= 128 and min(queries, keys) >= few and (in_bf16 or keys * width <= 2**18)
