@@ -162,6 +162,8 @@ def test_threads_share_heads_out() -> None:
         ((2, 4, 257, 192), 257, torch.float32, 0.0, "fused"),
         ((2, 4, 257, 128), 257, torch.bfloat16, 0.0, "merged"),
         ((1, 1, 1024, 64), 49, torch.bfloat16, 0.0, "merged"),
+        ((2, 4, 17, 64), 17, torch.bfloat16, 0.0, "numba"),
+        ((1, 1, 1024, 128), 1024, torch.bfloat16, 0.0, "numba"),
         ((1, 1, 1024, 16), 49, torch.bfloat16, 0.0, "numba"),
         ((1, 1, 1024, 64), 256, torch.float32, 0.0, "numba"),
         ((1, 1, 8192, 64), 8192, torch.float32, 0.0, "fused"),

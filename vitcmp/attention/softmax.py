@@ -63,10 +63,12 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     if q.device.type != "cpu":
         return "fused"
     in_bf16, queries, (keys, width) = q.dtype == torch.bfloat16, q.shape[-2], k.shape[-2:]
-    # A head's keys must stay in a core's cache. In bf16 explicit weights are quick, and more so the wider the heads.
-    few = 1 if not in_bf16 or width <= 32 else 64 if width <= 64 else 1024
-    fits = width <= 128 and min(queries, keys) >= few and (in_bf16 or keys * width <= 2**18)
-    if fits and can_compile(q, k, v, dropout):
+    if in_bf16 and width > 32:
+        # Explicit weights are quick in bf16, above all of few queries or keys beside many, and the wider the heads.
+        fits = min(queries, keys) >= 1024 if width > 64 else min(queries, keys) >= 64 or max(queries, keys) <= 64
+    else:
+        fits = in_bf16 or keys * width <= 2**18  # a head's keys must stay in a core's cache
+    if fits and width <= 128 and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.
     return "fused" if not in_bf16 and keys > 128 else "merged"
