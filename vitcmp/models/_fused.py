@@ -36,8 +36,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def _can_compile(x: Tensor, bias: Tensor) -> bool:
     """Whether the kernels can take it."""
-    is_plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and bias.dtype == torch.float32
-    return is_plain
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and bias.dtype == torch.float32
 
 
 @operator("vitcmp::bias_gelu")
