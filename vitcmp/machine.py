@@ -51,6 +51,13 @@ def native_bf16(device_type: str) -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_cpu_info("flags").split() + _cpu_info("Features").split()))
 
 
+@functools.cache
+def has_wide_vectors(in_bf16: bool) -> bool:
+    """Whether a CPU's quickest products, in fp32 or bf16, are those of its vectors of 512 bits."""
+    flags = set(_cpu_info("flags").split())
+    return {"avx512f", "avx512_bf16"} <= flags and "amx_bf16" not in flags if in_bf16 else "avx512f" in flags
+
+
 def precision(wanted: str, device: torch.device) -> str:
     """fp32 or bf16 for auto, fp32 or bf16."""
     return ("bf16" if native_bf16(device.type) else "fp32") if wanted == "auto" else wanted

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,17 +103,22 @@ class MultiHead(nn.Module):
         self.out = nn.Linear(layer.dim, layer.dim, bias=layer.out_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.mix(x))
+
+    def mix(self, x: Tensor, norm: Any = None) -> Tensor:
+        """What the output projection reads; with a norm, of norm(x), whose `then(linear, x)` is linear(norm(x))."""
         batch, tokens, dim = x.shape
         if self.merged:
-            projected = self.qkv(x).chunk(3, dim=-1)
+            projected = (self.qkv(x) if norm is None else norm.then(self.qkv, x)).chunk(3, dim=-1)
         else:
+            x = x if norm is None else norm(x)
             q = self.q(x)
             projected = (q, q if self.shared_qk else self.k(x), self.v(x))
         q, k, v = (y.view(batch, tokens, self.num_heads, -1).transpose(1, 2) for y in projected)  # [B, H, N, K]
         mixed = self.core(q, k, v)  # [B, H, N, K]
         if self.after is not None:
             mixed = self.after(mixed, v)
-        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
+        return mixed.transpose(1, 2).reshape(batch, tokens, dim)
 
 
 def attention_map(core: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def _product(a, b, scale, other, share, m, out):  # type: ignore[no-untyped-def]
     wide = up(m, LANES)
     for i in range(0, m, TILE):
         for c in range(0, wide, LANES):
-            multiply(a, i * wide, wide, 1, b, c, wide, m, out, i * wide + c, wide, False)
+            multiply(a, i * wide, wide, 1, b, c, wide, m, out, i * wide + c, wide)
     for at in range(0, m * wide, LANES):
         store(out, at, load(out, at) * scale + load(other, at) * share)
 

@@ -24,6 +24,8 @@ COMPRESSES = not config.CPU_NAME and bool(get_host_cpu_features().get("avx512f")
 """Whether the processor packs the chosen lanes of a vector of 32-bit numbers with one instruction."""
 MULTIPLIES_PAIRS = not config.CPU_NAME and all(get_host_cpu_features().get(x) for x in ("avx512f", "avx512bf16"))  # type: ignore[attr-defined]
 """Whether it multiplies pairs of bf16 numbers and adds up in fp32 with one instruction."""
+INLINED = {"forceinline": True}
+"""Of functions too short to be called."""
 INT16, INT32, LANE_BITS = ir.IntType(16), ir.IntType(32), ir.IntType(LANES)
 
 
@@ -56,9 +58,11 @@ class _VectorModel(models.PrimitiveModel):
 
 def _spread(context: Any, builder: Any, x: Any, kind: Any, vector: Vector) -> Any:
     """A number as a vector; a vector stays."""
-    if isinstance(kind, Vector):
-        return x
-    x = context.cast(builder, x, kind, vector.dtype)
+    return x if isinstance(kind, Vector) else spread(builder, context.cast(builder, x, kind, vector.dtype))
+
+
+def spread(builder: Any, x: Any) -> Any:
+    """A vector of x alone, in LLVM's terms."""
     none = ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined)
     one = builder.insert_element(none, x, INT32(0))
     return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(INT32, LANES), [0] * LANES))
@@ -70,7 +74,7 @@ def _places(context: Any, builder: Any, first: Any) -> Any:
     return builder.add(first, ir.Constant(first.type, list(range(LANES))))
 
 
-def _pointer(context: Any, builder: Any, kind: Any, array: Any, place: Any) -> Any:
+def vector_at(context: Any, builder: Any, kind: Any, array: Any, place: Any) -> Any:
     data = context.make_array(kind)(context, builder, value=array).data
     item = ir.VectorType(context.get_value_type(kind.dtype), LANES)
     return builder.bitcast(builder.gep(data, [place]), item.as_pointer())
@@ -139,7 +143,7 @@ def load(typing, array, place):  # type: ignore[no-untyped-def]
     """The array's elements from `place` on."""
 
     def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        return builder.load(_pointer(context, builder, array, *args), align=array.dtype.bitwidth // 8)
+        return builder.load(vector_at(context, builder, array, *args), align=array.dtype.bitwidth // 8)
 
     return Vector(array.dtype)(array, types.intp), build
 
@@ -149,7 +153,7 @@ def load_part(typing, array, place, n, fill):  # type: ignore[no-untyped-def]
     """As `load`, but reads the first n elements only; the other lanes are `fill`."""
 
     def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _pointer(context, builder, array, *args[:2])
+        pointer = vector_at(context, builder, array, *args[:2])
         rest = _spread(context, builder, args[3], fill, Vector(array.dtype))
         mask = builder.icmp_signed(">", _spread(context, builder, args[2], types.intp, Vector(types.int32)),
                                    ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES))))  # fmt: skip
@@ -165,7 +169,7 @@ def store(typing, array, place, x):  # type: ignore[no-untyped-def]
 
     def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
         value = _spread(context, builder, args[2], x, Vector(array.dtype))
-        builder.store(value, _pointer(context, builder, array, *args[:2]), align=array.dtype.bitwidth // 8)
+        builder.store(value, vector_at(context, builder, array, *args[:2]), align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.none(array, types.intp, x), build
@@ -180,7 +184,7 @@ def store_part(typing, array, place, n, x):  # type: ignore[no-untyped-def]
         mask = builder.icmp_signed(">", _spread(context, builder, args[2], types.intp, Vector(types.int32)),
                                    ir.Constant(ir.VectorType(INT32, LANES), list(range(LANES))))  # fmt: skip
         align = INT32(array.dtype.bitwidth // 8)
-        pointer = _pointer(context, builder, array, *args[:2])
+        pointer = vector_at(context, builder, array, *args[:2])
         _call(builder, "llvm.masked.store.{}.p0", array.dtype, ir.VoidType(), value, pointer, align, mask)
         return context.get_dummy_value()
 
@@ -196,7 +200,7 @@ def append(typing, array, place, x, mask):  # type: ignore[no-untyped-def]
         if COMPRESSES and x.dtype.bitwidth == 32:
             rest = ir.Constant(value.type, ir.Undefined)
             value = _call(builder, "llvm.experimental.vector.compress.{}", x.dtype, value.type, value, chosen, rest)
-            builder.store(value, _pointer(context, builder, array, target, place), align=4)
+            builder.store(value, vector_at(context, builder, array, target, place), align=4)
             return context.get_dummy_value()
         data = context.make_array(array)(context, builder, value=target).data
         for lane in range(LANES):
@@ -208,16 +212,16 @@ def append(typing, array, place, x, mask):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_transposed(typing, out, place, array, at, line, few, n):  # type: ignore[no-untyped-def]
+def store_transposed(typing, out, place, apart, array, at, line, few, n):  # type: ignore[no-untyped-def]
     """Transposes LANES rows of 32-bit words, `line` elements apart in `array` from `at` on, to `out` from `place` on.
 
     The rows after the first `few` repeat the last of these. Of each row n elements are read, at most LANES words; as
-    many lines of LANES are written as there are words.
+    many lines of LANES are written, `apart` elements apart, as there are words.
     """
     share = 32 // array.dtype.bitwidth
 
     def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        target, place, source, at, line, few, n = args
+        target, place, apart, source, at, line, few, n = args
         items = ir.VectorType(context.get_value_type(array.dtype), LANES * share)
         numbers = ir.VectorType(INT32, LANES * share)
         spread = builder.insert_element(ir.Constant(numbers, ir.Undefined), builder.trunc(n, INT32), INT32(0))
@@ -248,11 +252,12 @@ def store_transposed(typing, out, place, array, at, line, few, n):  # type: igno
                 )
         for number, vector in enumerate(vectors):
             with builder.if_then(builder.icmp_signed("<", n.type(number * share), n)):
-                builder.store(vector, _pointer(context, builder, out, target, place), align=4)
-            place = builder.add(place, place.type(LANES))
+                builder.store(vector, vector_at(context, builder, out, target, place), align=4)
+            place = builder.add(place, apart)
         return context.get_dummy_value()
 
-    return types.none(out, types.intp, array, types.intp, types.intp, types.intp, types.intp), build
+    place = types.intp
+    return types.none(out, place, place, array, place, place, place, place), build
 
 
 @intrinsic
@@ -327,21 +332,25 @@ def multiply_add(typing, array, place, x, total):  # type: ignore[no-untyped-def
     def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
         source, at, x, total = args
         data = context.make_array(array)(context, builder, value=source).data
-        a = _spread(context, builder, builder.load(builder.gep(data, [at])), array.dtype, Vector(array.dtype))
-        if array.dtype == types.float32:
-            return _call(builder, "llvm.fma.{}", array.dtype, total.type, a, x, total)
-        if MULTIPLIES_PAIRS:
-            pairs = ir.VectorType(_BFloat(), 2 * LANES)
-            kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
-            name = "llvm.x86.avx512bf16.dpbf16ps.512"
-            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-            return builder.call(function, [total, builder.bitcast(a, pairs), builder.bitcast(x, pairs)])
-        for half in (_second, _first):
-            parts = [half(builder, y, total.type) for y in (a, x)]
-            total = _call(builder, "llvm.fma.{}", types.float32, total.type, *parts, total)
-        return total
+        return add_product(builder, array.dtype, spread(builder, builder.load(builder.gep(data, [at]))), x, total)
 
     return total(array, types.intp, x, total), build
+
+
+def add_product(builder: Any, dtype: Any, a: Any, x: Any, total: Any) -> Any:
+    """total + a x of vectors of this type, as `multiply_add`."""
+    if dtype == types.float32:
+        return _call(builder, "llvm.fma.{}", dtype, total.type, a, x, total)
+    if MULTIPLIES_PAIRS:
+        pairs = ir.VectorType(_BFloat(), 2 * LANES)
+        kind = ir.FunctionType(total.type, [total.type, pairs, pairs])
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        return builder.call(function, [total, builder.bitcast(a, pairs), builder.bitcast(x, pairs)])
+    for half in (_second, _first):
+        parts = [half(builder, y, total.type) for y in (a, x)]
+        total = _call(builder, "llvm.fma.{}", types.float32, total.type, *parts, total)
+    return total
 
 
 def _first(builder: Any, x: Any, kind: Any) -> Any:
@@ -436,14 +445,14 @@ def write(out, place, n, x):  # type: ignore[no-untyped-def]
     raise NotImplementedError
 
 
-@overload(read)
+@overload(read, jit_options=INLINED)
 def _read(x, place, n):  # type: ignore[no-untyped-def]
     if x.dtype == types.float32:
         return lambda x, place, n: load(x, place) if n >= LANES else load_part(x, place, n, 0.0)
     return lambda x, place, n: from_bf16(load(x, place) if n >= LANES else load_part(x, place, n, 0))
 
 
-@overload(write)
+@overload(write, jit_options=INLINED)
 def _write(out, place, n, x):  # type: ignore[no-untyped-def]
     def in_fp32(out, place, n, x):  # type: ignore[no-untyped-def]
         if n >= LANES:
@@ -475,7 +484,7 @@ def power(x, r):  # type: ignore[no-untyped-def]
     raise NotImplementedError
 
 
-@overload(exp2)
+@overload(exp2, jit_options=INLINED)
 def _exp2(x):  # type: ignore[no-untyped-def]
     def fast(x):  # type: ignore[no-untyped-def]
         # x = n + f with f in [-0.5, 0.5]; 2^f by its minimax polynomial.

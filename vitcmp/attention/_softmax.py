@@ -27,7 +27,7 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @operator("vitcmp::softmax_attention")
-def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and the largest scores, [B H, N]."""
     from vitcmp.attention import _softmax_cpu as cpu
 
@@ -35,12 +35,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     out, tops = _results(q, k, v)
     arrays = *_memory(q, k, v, out), tops.view(-1).numpy(), _lines(q, k, v, out), *_sizes(q, k)
     share_out(cpu.forward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
-    return [out, tops]
+    return out, tops
 
 
 @attend.register_fake
-def _results(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-    return [_empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)]
+def _results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)
 
 
 @operator("vitcmp::softmax_attention_backward")
@@ -61,14 +61,13 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tenso
     return [_empty_like(x) for x in (q, k, v)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, tops = ctx.saved_tensors
-    dout = gradients[0]
     if dout is None:
         return (None,) * 3
     if torch.is_grad_enabled():

@@ -1,11 +1,10 @@
 """Softmax attention on the CPU, compiled by numba: scores, weights and products of one head stay in a core's cache.
 
 q, k, v and gradients are flat memory of fp32 or of bf16 (as int16); `lines` [arrays, 3] says how far apart images,
-heads and tokens lie in each, and the K numbers of a token lie side by side. Products of fp32 are summed in fp32;
-those of bf16 too, two numbers of the inner axis at a time: an operand's layout keeps such pairs together, the
-weights are rounded to bf16 before they meet the values. Lanes of a vector are queries, so that maxima and sums over the
-keys, M of them, need no step across lanes. The kernels hold no locks and no state; threads call them on
-heads of their own. Where a score is not finite, so is its row: a diverging model must show.
+heads and tokens lie in each, and the K numbers of a token lie side by side. In bf16 the weights are rounded to it
+before they meet the values. Lanes of a vector are queries, so that maxima and sums over the keys, M of them, need no
+step across lanes. The kernels hold no locks and no state; threads call them on heads of their own. Where a score is
+not finite, so is its row: a diverging model must show.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from vitcmp.attention._kernels import in_parts, inner, kernel
 from vitcmp.attention._simd import (
@@ -26,79 +23,28 @@ from vitcmp.attention._simd import (
     load,
     load_part,
     multiply_add,
-    pair,
     read,
     splat,
     store,
     store_part,
-    store_transposed,
-    to_bf16,
     total_of,
     write,
 )  # fmt: skip  # isort: skip
-from vitcmp.attention._tiles import TILE, multiply, up
+from vitcmp.attention._tiles import (
+    TILE,
+    multiply,
+    multiply_onto,
+    pack_across,
+    pack_along,
+    pair_size,
+    rounded,
+    store_joined,
+    up,
+    words,
+)  # fmt: skip  # isort: skip
 
 MAX_LEFT_OVER = 2
 """Queries after the last whole vector of them that are attended one at a time: a class token often makes one."""
-
-
-def pair_size(x):  # type: ignore[no-untyped-def]
-    """Numbers of the inner axis that lie side by side in a product's operands."""
-    raise NotImplementedError
-
-
-def words(x):  # type: ignore[no-untyped-def]
-    """Memory as the products read it: fp32, or pairs of bf16 as int32."""
-    raise NotImplementedError
-
-
-def rounded(x, out):  # type: ignore[no-untyped-def]
-    """A vector of fp32 in the number format of `out`."""
-    raise NotImplementedError
-
-
-def joined(first, second, out):  # type: ignore[no-untyped-def]
-    """Two vectors in pairs, where `out` has pairs; else the first one."""
-    raise NotImplementedError
-
-
-def store_joined(out, place, line, first, second):  # type: ignore[no-untyped-def]
-    """Two vectors of fp32 as two rows of `out`, or as one row of pairs."""
-    raise NotImplementedError
-
-
-@overload(pair_size)
-def _pair_size(x):  # type: ignore[no-untyped-def]
-    return (lambda x: 1) if x.dtype == types.float32 else (lambda x: 2)
-
-
-@overload(words)
-def _words(x):  # type: ignore[no-untyped-def]
-    return (lambda x: x) if x.dtype == types.float32 else (lambda x: x.view(np.int32))
-
-
-@overload(rounded)
-def _rounded(x, out):  # type: ignore[no-untyped-def]
-    return (lambda x, out: x) if out.dtype == types.float32 else (lambda x, out: to_bf16(x))
-
-
-@overload(joined)
-def _joined(first, second, out):  # type: ignore[no-untyped-def]
-    if out.dtype == types.float32:
-        return lambda first, second, out: first
-    return lambda first, second, out: pair(first, second)
-
-
-@overload(store_joined)
-def _store_joined(out, place, line, first, second):  # type: ignore[no-untyped-def]
-    def in_fp32(out, place, line, first, second):  # type: ignore[no-untyped-def]
-        store(out, place, first)
-        store(out, place + line, second)
-
-    def in_bf16(out, place, line, first, second):  # type: ignore[no-untyped-def]
-        store(out, place, pair(first, second))
-
-    return in_fp32 if out.dtype == types.float32 else in_bf16
 
 
 @inner
@@ -111,29 +57,6 @@ def _pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _pack_across(x, at, line, few, width, out):  # type: ignore[no-untyped-def]
-    """At most LANES rows of it transposed, as memory that the products read: (pairs of) columns side by side.
-
-    Lanes without a row repeat the last one.
-    """
-    step = LANES * pair_size(x)
-    for c in range(0, width, step):
-        store_transposed(out, c // pair_size(x) * LANES, x, at + c, line, few, width - c)
-
-
-@inner
-def _pack_along(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
-    """The same with (pairs of) tokens side by side, as memory that the products read."""
-    p, wide = pair_size(x), up(width, LANES)
-    for i in range(0, tokens, p):
-        for c in range(0, width, LANES):
-            first = load_part(x, at + i * line + c, width - c, 0)
-            # Of a token that is not there, no numbers.
-            second = load_part(x, at + (i + 1) * line + c, width - c if i + 1 < tokens else 0, 0)
-            store(out, i // p * wide + c, joined(first, second, out))
-
-
-@inner
 def _place(lines, array, heads, head):  # type: ignore[no-untyped-def]
     return (head // heads) * lines[array, 0] + (head % heads) * lines[array, 1]
 
@@ -142,7 +65,7 @@ def _place(lines, array, heads, head):  # type: ignore[no-untyped-def]
 def _transposed_product(a, b, size, deep, out):  # type: ignore[no-untyped-def]
     """out [M, LANES] = all keys' rows of a, times LANES queries' columns of b; -inf for a key that makes M even."""
     for j in range(0, size, TILE):
-        multiply(a, j * deep, deep, 1, b, 0, LANES, deep, out, j * LANES, LANES, False)
+        multiply(a, j * deep, deep, 1, b, 0, LANES, deep, out, j * LANES, LANES)
     if size % 2:
         store(out, size * LANES, splat(-np.inf, out))
 
@@ -196,10 +119,10 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     for head in range(first, last):
         at_q, at = _place(lines, 0, heads, head), _place(lines, 3, heads, head)
         _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], size, width, keys)
-        _pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width, y)
+        pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width, y)
         for i in range(0, whole, LANES):
             few = min(LANES, tokens - i)
-            _pack_across(q, at_q + i * lines[0, 2], lines[0, 2], few, width, b)
+            pack_across(q, at_q + i * lines[0, 2], lines[0, 2], few, width, b)
             _transposed_product(a, b, size, deep, scores)
             top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
             for j in range(0, n * LANES, 2 * LANES):
@@ -213,12 +136,12 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
             store_part(tops, head * tokens + i, few, m)
             for c in range(0, wide, LANES):
                 for r in range(0, few, TILE):
-                    multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES, False)
+                    multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES)
                     for u in range(min(TILE, few - r)):
                         place = at + (i + r + u) * lines[3, 2] + c
                         write(out, place, width - c, load(mixed, u * LANES) * shares[r + u])
         if whole < tokens:
-            _pack_across(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, b)
+            pack_across(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, b)
             _transposed_product(a, b, size, deep, scores)
         for i in range(whole, tokens):
             _gather(scores, i - whole, size, -np.inf, row)
@@ -270,7 +193,7 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
         at_v, at_out = _place(lines, 2, heads, head), _place(lines, 3, heads, head)
         _pack_left(k, at_k, lines[1, 2], size, width, left[0])
         _pack_left(v, at_v, lines[2, 2], size, width, left[1])
-        _pack_along(k, at_k, lines[1, 2], size, width, k_along)
+        pack_along(k, at_k, lines[1, 2], size, width, k_along)
         at_dq, at_dk, at_dv = (
             _place(lines, 4, heads, head), _place(lines, 5, heads, head), _place(lines, 6, heads, head)
         )  # fmt: skip
@@ -279,15 +202,15 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
         for i in range(0, whole, LANES):
             few = min(LANES, tokens - i)
             x, upstream = at_q + i * lines[0, 2], at_out + i * lines[3, 2]
-            _pack_across(q, x, lines[0, 2], few, width, q_across)
-            _pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
+            pack_across(q, x, lines[0, 2], few, width, q_across)
+            pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
             _transposed_product(k_left, q_across, size, deep, scores)
             _transposed_product(v_left, dout_across, size, deep, products)
             # Of queries that are not there, no numbers.
             if few < LANES:
                 along[:] = 0
-            _pack_along(q, x, lines[0, 2], few, width, q_along)
-            _pack_along(dout, upstream, lines[3, 2], few, width, dout_along)
+            pack_along(q, x, lines[0, 2], few, width, q_along)
+            pack_along(dout, upstream, lines[3, 2], few, width, dout_along)
             # Weights of queries that are not there must be finite, to come to nothing.
             m, zero = load_part(tops, head * tokens + i, few, np.inf), splat(0.0, scores)
             if size % 2:
@@ -311,19 +234,19 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 store_joined(ds_pairs, j // p, LANES, e, e2)
             for c in range(0, wide, LANES):
                 for r in range(0, few, TILE):
-                    multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES, False)
+                    multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES)
                     for u in range(min(TILE, few - r)):
                         place = at_dq + (i + r + u) * lines[4, 2] + c
                         write(dq, place, width - c, load(mixed, u * LANES) * factor)
                 line = LANES // p
                 for j in range(0, size, TILE):
                     at = j * wide + c
-                    multiply(weights_left, j * line, line, 1, dout_along, c, wide, line, dvalues, at, wide, True)
-                    multiply(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, at, wide, True)
+                    multiply_onto(weights_left, j * line, line, 1, dout_along, c, wide, line, dvalues, at, wide)
+                    multiply_onto(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, at, wide)
         if whole < tokens:
             x, upstream, few = at_q + whole * lines[0, 2], at_out + whole * lines[3, 2], tokens - whole
-            _pack_across(q, x, lines[0, 2], few, width, q_across)
-            _pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
+            pack_across(q, x, lines[0, 2], few, width, q_across)
+            pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
             _transposed_product(k_left, q_across, size, deep, scores)
             _transposed_product(v_left, dout_across, size, deep, products)
         for i in range(whole, tokens):

@@ -1,47 +1,211 @@
-"""Tiles of matrix products, small enough for a processor's registers."""
+"""Tiles of matrix products, small enough for a processor's registers, and their operands' layouts.
+
+Products of fp32 are summed in fp32; those of bf16 too, two numbers of the inner axis at a time: an operand's layout
+keeps such pairs together, and the products read them as int32.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
 from vitcmp.attention._kernels import inner
-from vitcmp.attention._simd import load, multiply_add, splat, store
+from vitcmp.attention._simd import (
+    INLINED,
+    LANES,
+    add_product,
+    load_part,
+    pair,
+    vector_at,
+    spread,
+    store,
+    store_transposed,
+    to_bf16,
+)  # fmt: skip  # isort: skip
 
 TILE = 8
 """Rows of a product that are summed together."""
 
 
-@inner
+def pair_size(x):  # type: ignore[no-untyped-def]
+    """Numbers of the inner axis that lie side by side in a product's operands."""
+    raise NotImplementedError
+
+
+def words(x):  # type: ignore[no-untyped-def]
+    """Memory as the products read it: fp32, or pairs of bf16 as int32."""
+    raise NotImplementedError
+
+
+def rounded(x, out):  # type: ignore[no-untyped-def]
+    """A vector of fp32 in the number format of `out`."""
+    raise NotImplementedError
+
+
+def joined(first, second, out):  # type: ignore[no-untyped-def]
+    """Two vectors in pairs, where `out` has pairs; else the first one."""
+    raise NotImplementedError
+
+
+def store_joined(out, place, line, first, second):  # type: ignore[no-untyped-def]
+    """Two vectors of fp32 as two rows of `out`, or as one row of pairs."""
+    raise NotImplementedError
+
+
+@overload(pair_size, jit_options=INLINED)
+def _pair_size(x):  # type: ignore[no-untyped-def]
+    return (lambda x: 1) if x.dtype == types.float32 else (lambda x: 2)
+
+
+@overload(words, jit_options=INLINED)
+def _words(x):  # type: ignore[no-untyped-def]
+    return (lambda x: x) if x.dtype == types.float32 else (lambda x: x.view(np.int32))
+
+
+@overload(rounded, jit_options=INLINED)
+def _rounded(x, out):  # type: ignore[no-untyped-def]
+    return (lambda x, out: x) if out.dtype == types.float32 else (lambda x, out: to_bf16(x))
+
+
+@overload(joined, jit_options=INLINED)
+def _joined(first, second, out):  # type: ignore[no-untyped-def]
+    if out.dtype == types.float32:
+        return lambda first, second, out: first
+    return lambda first, second, out: pair(first, second)
+
+
+@overload(store_joined, jit_options=INLINED)
+def _store_joined(out, place, line, first, second):  # type: ignore[no-untyped-def]
+    def in_fp32(out, place, line, first, second):  # type: ignore[no-untyped-def]
+        store(out, place, first)
+        store(out, place + line, second)
+
+    def in_bf16(out, place, line, first, second):  # type: ignore[no-untyped-def]
+        store(out, place, pair(first, second))
+
+    return in_fp32 if out.dtype == types.float32 else in_bf16
+
+
+@inner(forceinline=True)
 def up(n, multiple):  # type: ignore[no-untyped-def]
     return (n + multiple - 1) // multiple * multiple
 
 
-@inner(forceinline=True)
-def multiply(a, at, row, step, b, there, line, n, out, place, width, add):  # type: ignore[no-untyped-def]
-    """A tile of out = a b, or += : TILE rows, LANES columns, n (pairs of) inner numbers.
+def _tile(vectors: int, adds: bool) -> Any:
+    @intrinsic
+    def multiply(typing, a, at, row, step, b, there, line, n, out, place, width):  # type: ignore[no-untyped-def]
+        def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            a_array, at, row, step, b_array, there, line, n, out_array, place, width = args
+            tile = [(i, v) for i in range(TILE) for v in range(vectors)]
 
-    Entry (i, t) of a is at `at` + i row + t step, row t of b at `there` + t line, row i of the tile at
-    `place` + i width.
+            def target(i: int, v: int) -> Any:
+                there = builder.add(place, builder.mul(width, width.type(i)))
+                return vector_at(context, builder, out, out_array, builder.add(there, place.type(v * LANES)))
+
+            zero = ir.Constant(ir.VectorType(context.get_value_type(out.dtype), LANES), None)
+            sums = [cgutils.alloca_once(builder, zero.type) for _ in tile]
+            for place_of, total in zip(tile, sums, strict=True):
+                builder.store(builder.load(target(*place_of), align=4) if adds else zero, total)
+            data = context.make_array(a)(context, builder, value=a_array).data
+            with cgutils.for_range(builder, n) as loop:
+                x = builder.add(at, builder.mul(loop.index, step))
+                y = builder.add(there, builder.mul(loop.index, line))
+                columns = [
+                    builder.load(vector_at(context, builder, b, b_array, builder.add(y, y.type(v * LANES))), align=4)
+                    for v in range(vectors)
+                ]
+                for i in range(TILE):
+                    value = builder.load(builder.gep(data, [builder.add(x, builder.mul(row, row.type(i)))]))
+                    value = spread(builder, value)
+                    for v in range(vectors):
+                        total = sums[i * vectors + v]
+                        added = add_product(builder, a.dtype, value, columns[v], builder.load(total))
+                        builder.store(added, total)
+            for place_of, total in zip(tile, sums, strict=True):
+                builder.store(builder.load(total), target(*place_of), align=4)
+            return context.get_dummy_value()
+
+        place = types.intp
+        return types.none(a, place, place, place, b, place, place, place, out, place, place), build
+
+    return multiply
+
+
+multiply = _tile(1, adds=False)
+"""A tile of out = a b: TILE rows, LANES columns, n (pairs of) inner numbers, of fp32 (or pairs of bf16 as int32).
+
+`multiply(a, at, row, step, b, there, line, n, out, place, width)`: entry (i, t) of a is at `at` + i row + t step, row t
+of b at `there` + t line, row i of the tile at `place` + i width.
+"""
+multiply_onto = _tile(1, adds=True)
+"""The same, added to what is there."""
+multiply_two = _tile(2, adds=False)
+"""The same for twice as many columns: in bf16 a third quicker."""
+multiply_two_onto = _tile(2, adds=True)
+
+
+@inner(forceinline=True)
+def pack_across(x, at, line, few, width, out):  # type: ignore[no-untyped-def]
+    """At most LANES rows of it transposed, as memory that the products read: (pairs of) columns side by side.
+
+    Lanes without a row repeat the last one.
     """
-    zero = splat(0.0, out)
-    s0, s1, s2, s3, s4, s5, s6, s7 = zero, zero, zero, zero, zero, zero, zero, zero
-    if add:
-        s0, s1, s2, s3 = (
-            load(out, place), load(out, place + width), load(out, place + 2 * width), load(out, place + 3 * width)
-        )  # fmt: skip
-        s4, s5, s6, s7 = (
-            load(out, place + 4 * width), load(out, place + 5 * width), load(out, place + 6 * width),
-            load(out, place + 7 * width),
-        )  # fmt: skip
-    for t in range(n):
-        y, x = load(b, there + t * line), at + t * step
-        s0, s1 = multiply_add(a, x, y, s0), multiply_add(a, x + row, y, s1)
-        s2, s3 = multiply_add(a, x + 2 * row, y, s2), multiply_add(a, x + 3 * row, y, s3)
-        s4, s5 = multiply_add(a, x + 4 * row, y, s4), multiply_add(a, x + 5 * row, y, s5)
-        s6, s7 = multiply_add(a, x + 6 * row, y, s6), multiply_add(a, x + 7 * row, y, s7)
-    store(out, place, s0)
-    store(out, place + width, s1)
-    store(out, place + 2 * width, s2)
-    store(out, place + 3 * width, s3)
-    store(out, place + 4 * width, s4)
-    store(out, place + 5 * width, s5)
-    store(out, place + 6 * width, s6)
-    store(out, place + 7 * width, s7)
+    step = LANES * pair_size(x)
+    for c in range(0, width, step):
+        store_transposed(out, c // pair_size(x) * LANES, LANES, x, at + c, line, few, width - c)
+
+
+@inner(forceinline=True)
+def pack_along(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
+    """The same with (pairs of) tokens side by side, as memory that the products read."""
+    p, wide = pair_size(x), up(width, LANES)
+    for i in range(0, tokens, p):
+        for c in range(0, width, LANES):
+            first = load_part(x, at + i * line + c, width - c, 0)
+            # Of a token that is not there, no numbers.
+            second = load_part(x, at + (i + 1) * line + c, width - c if i + 1 < tokens else 0, 0)
+            store(out, i // p * wide + c, joined(first, second, out))
+
+
+PANEL = 2 * LANES
+"""Columns that lie side by side in a right operand that is cut into panels."""
+
+
+@inner
+def panels_across(x, rows, width):  # type: ignore[no-untyped-def]
+    """The transpose of a matrix, [rows, width], as a right operand in panels; sizes are multiples of LANES.
+
+    The panel of column c begins at c times the operand's rows. If it is the last one it may have LANES columns only.
+    """
+    p = pair_size(x)
+    out = words(np.empty(rows * width, x.dtype))
+    for c in range(0, rows, LANES):
+        first = c // PANEL * PANEL
+        columns = min(PANEL, rows - first)
+        for t in range(0, width, LANES * p):
+            place = first * (width // p) + t // p * columns + c - first
+            store_transposed(out, place, columns, x, c * width + t, width, LANES, width - t)
+    return out
+
+
+@inner
+def panels_along(x, rows, width):  # type: ignore[no-untyped-def]
+    """A matrix, [rows, width], as a right operand in panels."""
+    out = words(np.empty(rows * width, x.dtype))
+    for c in range(0, width, PANEL):
+        pack_along(x, c, width, rows, min(PANEL, width - c), out[c * (rows // pair_size(x)) :])
+    return out
+
+
+@inner(forceinline=True)
+def multiply_panel(a, at, row, panels, c, columns, n, out, place, width):  # type: ignore[no-untyped-def]
+    """As `multiply` for the columns from c on, a panel or what is left of it, with a's inner numbers side by side."""
+    if columns - c >= PANEL:
+        multiply_two(a, at, row, 1, panels, c * n, PANEL, n, out, place, width)
+    else:
+        multiply(a, at, row, 1, panels, c * n, LANES, n, out, place, width)

@@ -21,20 +21,24 @@ MIN_NUMBERS = 2**15
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(x weight^T + bias), exact (by the normal distribution function): [..., D] -> [..., F]."""
-    if not _can_compile(x, bias) or x.numel() // x.shape[-1] * len(weight) < MIN_NUMBERS:
+    if not can_compile(x, bias) or x.numel() // x.shape[-1] * len(weight) < MIN_NUMBERS:
         return F.gelu(F.linear(x, weight, bias))
     return bias_gelu(F.linear(x, weight).contiguous(), bias)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last axis; under autocast to bf16 on the CPU in bf16, computed in fp32."""
-    if not _can_compile(x, bias) or x.numel() < MIN_NUMBERS:
+    if not can_compile(x, bias) or x.numel() < MIN_NUMBERS:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
-    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return norm(x.contiguous(), weight, bias, eps, in_bf16 or x.dtype == torch.bfloat16)[0]
+    return norm(x.contiguous(), weight, bias, eps, autocasts() or x.dtype == torch.bfloat16)[0]
 
 
-def _can_compile(x: Tensor, bias: Tensor) -> bool:
+def autocasts() -> bool:
+    """Whether products are of bf16 now."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def can_compile(x: Tensor, bias: Tensor) -> bool:
     """Whether the kernels can take it."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and bias.dtype == torch.float32
 
@@ -44,8 +48,8 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU(x + bias) for x of [..., F] in fp32 or bf16, and the bias in fp32."""
     from vitcmp.models import _fused_cpu as cpu
 
-    out, rows = torch.empty_like(x), _rows(x)
-    share_out(cpu.gelu, cpu.chunks(rows), torch.get_num_threads(), *map(_memory, (x, bias, out)), len(bias), rows)
+    out, rows = torch.empty_like(x), num_rows(x)
+    share_out(cpu.gelu, cpu.chunks(rows), torch.get_num_threads(), *map(memory, (x, bias, out)), len(bias), rows)
     return out
 
 
@@ -59,9 +63,9 @@ def _gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> list[Tensor]:
     """Gradients of x and of the bias."""
     from vitcmp.models import _fused_cpu as cpu
 
-    dx, rows = torch.empty_like(x), _rows(x)
+    dx, rows = torch.empty_like(x), num_rows(x)
     dbias = bias.new_empty(cpu.chunks(rows), len(bias))
-    arrays = map(_memory, (x, bias, dout.contiguous(), dx, dbias))
+    arrays = map(memory, (x, bias, dout.contiguous(), dx, dbias))
     share_out(cpu.gelu_backward, len(dbias), torch.get_num_threads(), *arrays, len(bias), rows)
     return [dx, dbias.sum(dim=0)]
 
@@ -86,20 +90,20 @@ bias_gelu.register_autograd(_differentiate_gelu, setup_context=_keep_gelu)
 
 
 @operator("vitcmp::layer_norm")
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, in_bf16: bool) -> list[Tensor]:
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, in_bf16: bool) -> tuple[Tensor, Tensor]:
     """LayerNorm of x, [..., D], and of each row the mean and 1 / standard deviation, [rows, 2]."""
     from vitcmp.models import _fused_cpu as cpu
 
-    (out, stats), rows = _norm_results(x, weight, bias, eps, in_bf16), _rows(x)
-    arrays = map(_memory, (x, weight, bias, out, stats))
+    (out, stats), rows = _norm_results(x, weight, bias, eps, in_bf16), num_rows(x)
+    arrays = map(memory, (x, weight, bias, out, stats))
     share_out(cpu.norm, cpu.chunks(rows), torch.get_num_threads(), *arrays, eps, len(bias), rows)
-    return [out, stats]
+    return out, stats
 
 
 @norm.register_fake
-def _norm_results(x: Tensor, weight: Tensor, bias: Tensor, eps: float, in_bf16: bool) -> list[Tensor]:
+def _norm_results(x: Tensor, weight: Tensor, bias: Tensor, eps: float, in_bf16: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.bfloat16 if in_bf16 else torch.float32
-    return [torch.empty_like(x, dtype=dtype), x.new_empty(_rows(x), 2, dtype=torch.float32)]
+    return torch.empty_like(x, dtype=dtype), x.new_empty(num_rows(x), 2, dtype=torch.float32)
 
 
 @operator("vitcmp::layer_norm_backward")
@@ -107,9 +111,9 @@ def _norm_backward(dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> li
     """Gradients of x, the weight and the bias."""
     from vitcmp.models import _fused_cpu as cpu
 
-    dx, rows = torch.empty_like(x), _rows(x)
+    dx, rows = torch.empty_like(x), num_rows(x)
     dparameters = weight.new_empty(cpu.chunks(rows), 2, len(weight))
-    arrays = map(_memory, (x, weight, stats, dout.contiguous(), dx, dparameters))
+    arrays = map(memory, (x, weight, stats, dout.contiguous(), dx, dparameters))
     share_out(cpu.norm_backward, len(dparameters), torch.get_num_threads(), *arrays, len(weight), rows)
     return [dx, *dparameters.sum(dim=0).unbind()]
 
@@ -119,15 +123,14 @@ def _(dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> list[Tensor]:
     return [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)]
 
 
-def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, ctx.eps, _ = inputs
     ctx.save_for_backward(x, weight, bias, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_norm(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _differentiate_norm(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, bias, stats = ctx.saved_tensors
-    dout = gradients[0]
     if dout is None:
         return (None,) * 5
     if torch.is_grad_enabled():
@@ -142,11 +145,11 @@ def _differentiate_norm(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tenso
 norm.register_autograd(_differentiate_norm, setup_context=_keep_norm)
 
 
-def _rows(x: Tensor) -> int:
+def num_rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def _memory(x: Tensor) -> Any:
+def memory(x: Tensor) -> Any:
     """The numbers as flat memory, bf16 as int16."""
     flat = x.detach().view(-1)
     return (flat.view(torch.int16) if x.dtype == torch.bfloat16 else flat).numpy()

@@ -12,6 +12,7 @@ import numpy as np
 from vitcmp.attention._kernels import in_parts, inner, kernel
 from vitcmp.attention._simd import (
     LANES,
+    exp2,
     fma,
     larger,
     places,
@@ -33,17 +34,34 @@ def chunks(rows: int) -> int:
     return -(-rows // CHUNK)
 
 
-# With P the normal distribution function, P(x) - 1/2 = x p(2 x^2 / 5.2^2 - 1) to 7e-8 for |x| < 5.2, and
-# d/dx x P(x) - 1/2 = x p(2 x^2 / 5.6^2 - 1) to 6e-8 for |x| < 5.6: fits of least maximal error.
+# With P the normal distribution function, P(x) - 1/2 = x p(2 x^2 / 5.2^2 - 1) to 7e-8 for |x| < 5.2: a fit of least
+# maximal error.
 _half_erf = polynomial(
     -0.000481271971, 0.00126850896, -0.00122150944, 0.00180012834, -0.00478902055, 0.00855996198, -0.0125051313,
     0.0179547896, -0.0247236268, 0.0319899587, -0.0399298199, 0.0500245214, -0.0677436675, 0.135949993,
 )  # fmt: skip
-_slope = polynomial(
-    0.00316708037, -0.00800062105, 0.00418476035, -0.00259537025, 0.0204229004, -0.0381616859, 0.0426605145,
-    -0.0516533269, 0.0666106413, -0.0737511552, 0.0716296043, -0.0648823058, 0.0566848761, -0.0509724247, 0.0518079605,
-    -0.0642823051, 0.126416642,
-)  # fmt: skip
+
+
+@inner(forceinline=True)
+def _distribution(y):  # type: ignore[no-untyped-def]
+    """The normal distribution function of a vector."""
+    square = smaller(np.float32(5.2**2), y * y)
+    p = y * _half_erf(fma(square, np.float32(2 / 5.2**2), -1.0))
+    return smaller(0.5, larger(-0.5, p)) + 0.5
+
+
+@inner(forceinline=True)
+def gelu_of(y):  # type: ignore[no-untyped-def]
+    """GELU of a vector."""
+    return y * _distribution(y)
+
+
+@inner(forceinline=True)
+def gelu_and_slope(y):  # type: ignore[no-untyped-def]
+    """GELU of a vector, and its derivative: with the density p, P(y) + y p(y)."""
+    below = _distribution(y)
+    density = exp2(y * y * np.float32(-0.5 / math.log(2))) * np.float32(1 / math.sqrt(2 * math.pi))
+    return y * below, fma(y, density, below)
 
 
 @inner
@@ -51,10 +69,7 @@ def _gelu(x, bias, out, width, rows, first, last):  # type: ignore[no-untyped-de
     for i in range(first * CHUNK, min(last * CHUNK, rows)):
         for c in range(0, width, LANES):
             at, n = i * width + c, width - c
-            y = read(x, at, n) + read(bias, c, n)
-            square = smaller(np.float32(5.2**2), y * y)
-            p = y * _half_erf(fma(square, np.float32(2 / 5.2**2), -1.0))
-            write(out, at, n, y * (smaller(0.5, larger(-0.5, p)) + 0.5))
+            write(out, at, n, gelu_of(read(x, at, n) + read(bias, c, n)))
 
 
 @kernel
@@ -70,9 +85,7 @@ def _gelu_backward(x, bias, dout, dx, dbias, width, rows, first, last):  # type:
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, rows)):
             for c in range(0, width, LANES):
                 at, n, there = i * width + c, width - c, chunk * width + c
-                y = read(x, at, n) + read(bias, c, n)
-                y = smaller(np.float32(5.6), larger(np.float32(-5.6), y))
-                slope = fma(y, _slope(fma(y * y, np.float32(2 / 5.6**2), -1.0)), 0.5)
+                _, slope = gelu_and_slope(read(x, at, n) + read(bias, c, n))
                 g = read(dout, at, n) * slope
                 write(dx, at, n, g)
                 write(dbias, there, n, read(dbias, there, n) + g)
@@ -84,23 +97,61 @@ def gelu_backward(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _norm(x, weight, bias, out, stats, eps, width, rows, first, last):  # type: ignore[no-untyped-def]
-    """`stats` gets each row's mean and 1 / standard deviation."""
-    for i in range(first * CHUNK, min(last * CHUNK, rows)):
-        row, total = i * width, splat(0.0, weight)
+def norm_rows(x, first, n, weight, bias, eps, width, out, place, stats, at):  # type: ignore[no-untyped-def]
+    """LayerNorm of n rows of x from row `first` on, to `out` from `place` on.
+
+    Each row's mean and 1 / standard deviation go to `stats` from `at` on.
+    """
+    for row in range(first * width, (first + n) * width, width):
+        total = splat(0.0, weight)
         for c in range(0, width, LANES):
             total = total + read(x, row + c, width - c)
-        mean, total = np.float32(total_of(total) / width), splat(0.0, weight)
+        mean, total = total_of(total) / np.float32(width), splat(0.0, weight)
         for c in range(0, width, LANES):
             d = read(x, row + c, width - c) - mean
             d = d if width - c >= LANES else where(to_float(places(c)) < width, d, 0.0)
             total = fma(d, d, total)
-        scale = np.float32(1 / math.sqrt(total_of(total) / width + eps))
-        stats[2 * i], stats[2 * i + 1] = mean, scale
+        scale = np.float32(1) / math.sqrt(total_of(total) / np.float32(width) + np.float32(eps))
+        stats[at], stats[at + 1] = mean, scale
         for c in range(0, width, LANES):
-            n = width - c
-            normal = (read(x, row + c, n) - mean) * scale
-            write(out, row + c, n, fma(normal, read(weight, c, n), read(bias, c, n)))
+            left = width - c
+            normal = (read(x, row + c, left) - mean) * scale
+            write(out, place + c, left, fma(normal, read(weight, c, left), read(bias, c, left)))
+        place += width
+        at += 2
+
+
+@inner
+def norm_rows_backward(x, first, n, weight, width, dout, place, dx, stats, at, sums, dweight, dbias):  # type: ignore[no-untyped-def]
+    """Their gradients, of those in `dout` from `place` on, to the same rows of `dx`.
+
+    Those of weight and bias are added to `sums`, from these places on.
+    """
+    for row in range(first * width, (first + n) * width, width):
+        mean, scale = stats[at], stats[at + 1]
+        total, along = splat(0.0, weight), splat(0.0, weight)
+        for c in range(0, width, LANES):
+            left = width - c
+            g, normal = read(dout, place + c, left), (read(x, row + c, left) - mean) * scale
+            write(sums, dweight + c, left, fma(g, normal, read(sums, dweight + c, left)))
+            write(sums, dbias + c, left, g + read(sums, dbias + c, left))
+            g = g * read(weight, c, left)
+            total, along = total + g, fma(g, normal, along)
+        of_mean, of_scale = total_of(total) / np.float32(width), total_of(along) / np.float32(width)
+        for c in range(0, width, LANES):
+            left = width - c
+            normal = (read(x, row + c, left) - mean) * scale
+            g = read(dout, place + c, left) * read(weight, c, left)
+            write(dx, row + c, left, (g - of_mean - normal * of_scale) * scale)
+        place += width
+        at += 2
+
+
+@inner
+def _norm(x, weight, bias, out, stats, eps, width, rows, first, last):  # type: ignore[no-untyped-def]
+    """`stats` gets each row's mean and 1 / standard deviation."""
+    first, last = first * CHUNK, min(last * CHUNK, rows)
+    norm_rows(x, first, last - first, weight, bias, eps, width, out, first * width, stats, 2 * first)
 
 
 @kernel
@@ -115,22 +166,9 @@ def _norm_backward(x, weight, stats, dout, dx, dparameters, width, rows, first, 
         dweight = chunk * 2 * width
         dbias = dweight + width
         dparameters[dweight : dweight + 2 * width] = 0
-        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, rows)):
-            row, mean, scale = i * width, stats[2 * i], stats[2 * i + 1]
-            total, along = splat(0.0, weight), splat(0.0, weight)
-            for c in range(0, width, LANES):
-                n = width - c
-                g, normal = read(dout, row + c, n), (read(x, row + c, n) - mean) * scale
-                write(dparameters, dweight + c, n, fma(g, normal, read(dparameters, dweight + c, n)))
-                write(dparameters, dbias + c, n, g + read(dparameters, dbias + c, n))
-                g = g * read(weight, c, n)
-                total, along = total + g, fma(g, normal, along)
-            of_mean, of_scale = np.float32(total_of(total) / width), np.float32(total_of(along) / width)
-            for c in range(0, width, LANES):
-                n = width - c
-                normal = (read(x, row + c, n) - mean) * scale
-                g = read(dout, row + c, n) * read(weight, c, n)
-                write(dx, row + c, n, (g - of_mean - normal * of_scale) * scale)
+        i = chunk * CHUNK
+        n = min(CHUNK, rows - i)
+        norm_rows_backward(x, i, n, weight, width, dout, i * width, dx, stats, 2 * i, dparameters, dweight, dbias)
 
 
 @kernel

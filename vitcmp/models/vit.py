@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import LayerConfig, TokenGrid, attention_map
+from vitcmp.attention._multihead import MultiHead
 from vitcmp.configs import PRESETS, ModelConfig, UserError, choose, split
-from vitcmp.models._fused import layer_norm, linear_gelu
+from vitcmp.models._fused import autocasts, layer_norm, linear_gelu
+from vitcmp.models._normed import add_linear, fits, norm_linear, norm_mlp
 
 
 class PatchEmbedding(nn.Module):
@@ -67,6 +69,12 @@ class Norm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
+    def then(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """linear(norm(x)), in one pass where that is quicker."""
+        if not fits(x, linear.weight, linear.bias) or _is_watched(self, linear):
+            return linear(self(x))
+        return norm_linear(x.contiguous(), self.weight, self.bias, self.eps, linear.weight, linear.bias, autocasts())
+
 
 class MLP(nn.Sequential):
     """Linear, GELU, dropout, linear: [B, N, dim] -> [B, N, dim]."""
@@ -77,6 +85,26 @@ class MLP(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         first, _, dropout, last = self
         return last(dropout(linear_gelu(x, *first.parameters())))
+
+    def add(self, x: Tensor, norm: Norm) -> Tensor:
+        """x + mlp(norm(x)), without dropout, in one pass where that is quicker."""
+        first, *_, last = self
+        if not fits(x, first.weight, first.bias, multiple=32) or _is_watched(norm, self, *self):
+            return x + self(norm(x))
+        matrices = *first.parameters(), *last.parameters()
+        return norm_mlp(x.contiguous(), norm.weight, norm.bias, norm.eps, *matrices, autocasts())
+
+
+def add(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
+    """x + linear(y), in one pass where that is quicker."""
+    if not fits(x, linear.weight, linear.bias) or _is_watched(linear) or y.dtype != (torch.bfloat16 if autocasts() else torch.float32):
+        return x + linear(y)
+    return add_linear(x.contiguous(), y.contiguous(), linear.weight, linear.bias)
+
+
+def _is_watched(*modules: nn.Module) -> bool:
+    """Whether someone waits for the results of one of them."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
 
 
 class Block(nn.Module):
@@ -92,8 +120,14 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
-        return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+        if self.training and (self.dropout.p or self.drop_path.probability):
+            x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
+            return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
+        if isinstance(self.attention, MultiHead) and not _is_watched(self.attention):
+            x = add(x, self.attention.mix(x, self.norm1), self.attention.out)
+        else:
+            x = x + self.attention(self.norm1(x))
+        return self.mlp.add(x, self.norm2)
 
 
 class ViT(nn.Module):
