@@ -51,7 +51,6 @@ def native_bf16(device_type: str) -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_cpu_info("flags").split() + _cpu_info("Features").split()))
 
 
-@functools.cache
 def has_wide_vectors(in_bf16: bool) -> bool:
     """Whether a CPU's quickest products, in fp32 or bf16, are those of its vectors of 512 bits."""
     flags = set(_cpu_info("flags").split())

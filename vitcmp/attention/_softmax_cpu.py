@@ -27,15 +27,18 @@ from vitcmp.attention._simd import (
     splat,
     store,
     store_part,
+    store_transposed,
     total_of,
     write,
 )  # fmt: skip  # isort: skip
 from vitcmp.attention._tiles import (
+    PANEL,
     TILE,
     multiply,
     multiply_onto,
-    pack_across,
+    multiply_two,
     pack_along,
+    pack_lanes,
     pair_size,
     rounded,
     store_joined,
@@ -61,13 +64,32 @@ def _place(lines, array, heads, head):  # type: ignore[no-untyped-def]
     return (head // heads) * lines[array, 0] + (head % heads) * lines[array, 1]
 
 
+@inner(forceinline=True)
+def _multiply_lanes(a, at, row, step, b, lanes, n, out, place):  # type: ignore[no-untyped-def]
+    """TILE rows of a times b, [n, lanes], with LANES or PANEL lanes."""
+    if lanes == PANEL:
+        multiply_two(a, at, row, step, b, 0, PANEL, n, out, place, PANEL)
+    else:
+        multiply(a, at, row, step, b, 0, LANES, n, out, place, LANES)
+
+
 @inner
-def _transposed_product(a, b, size, deep, out):  # type: ignore[no-untyped-def]
-    """out [M, LANES] = all keys' rows of a, times LANES queries' columns of b; -inf for a key that makes M even."""
+def _transposed_product(a, b, size, deep, lanes, out):  # type: ignore[no-untyped-def]
+    """out [M, lanes] = all keys' rows of a, times the queries' columns of b; -inf for a key that makes M even."""
     for j in range(0, size, TILE):
-        multiply(a, j * deep, deep, 1, b, 0, LANES, deep, out, j * LANES, LANES)
+        _multiply_lanes(a, j * deep, deep, 1, b, lanes, deep, out, j * lanes)
     if size % 2:
-        store(out, size * LANES, splat(-np.inf, out))
+        out[size * lanes : (size + 1) * lanes] = -np.inf
+
+
+@inner
+def _write_across(mixed, lanes, turned, factors, out, at, line, few, width):  # type: ignore[no-untyped-def]
+    """Rows of `out` from columns of `mixed`, [K, lanes], times each one's factor; `turned` is room for LANES rows."""
+    for v in range(0, few, LANES):
+        for c in range(0, width, LANES):
+            store_transposed(turned, 0, LANES, mixed, c * lanes + v, lanes, LANES, LANES)
+            for u in range(min(LANES, few - v)):
+                write(out, at + (v + u) * line + c, width - c, load(turned, u * LANES) * factors[v + u])
 
 
 @inner
@@ -81,6 +103,12 @@ def _num_whole(tokens):  # type: ignore[no-untyped-def]
     """Queries that come as vectors; what is left over comes one at a time where a vector would be all but empty."""
     left_over = tokens % LANES
     return tokens - left_over if left_over <= MAX_LEFT_OVER else tokens
+
+
+@inner
+def _block(size, p):  # type: ignore[no-untyped-def]
+    """Queries that come together: the wide tile pays in bf16, as long as their scores stay in a core's cache."""
+    return PANEL if p == 2 and size <= 1024 else LANES
 
 
 @inner
@@ -111,38 +139,37 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
     deep = up(width, p) // p
     keys, values = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * wide, q.dtype)
-    queries = np.empty(LANES * deep * p, q.dtype)
-    a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * LANES, q.dtype))
-    scores, mixed = np.empty((rows + TILE) * LANES, np.float32), np.empty(TILE * LANES, np.float32)
-    shares, row, one = np.empty(LANES, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
-    whole = _num_whole(tokens)
+    queries = np.empty(PANEL * deep * p, q.dtype)
+    a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * PANEL, q.dtype))
+    scores, mixed = np.empty((rows + TILE) * PANEL, np.float32), np.empty(wide * PANEL, np.float32)
+    shares, row, one = np.empty(PANEL, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
+    turned, whole, block = np.empty(LANES * LANES, np.float32), _num_whole(tokens), _block(size, p)
     for head in range(first, last):
         at_q, at = _place(lines, 0, heads, head), _place(lines, 3, heads, head)
         _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], size, width, keys)
         pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width, y)
-        for i in range(0, whole, LANES):
-            few = min(LANES, tokens - i)
-            pack_across(q, at_q + i * lines[0, 2], lines[0, 2], few, width, b)
-            _transposed_product(a, b, size, deep, scores)
-            top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
-            for j in range(0, n * LANES, 2 * LANES):
-                top, top2 = larger(top, load(scores, j)), larger(top2, load(scores, j + LANES))
-            m, total, total2 = larger(top, top2) * scale, splat(0.0, scores), splat(0.0, scores)
-            for j in range(0, n * LANES, 2 * LANES):
-                e, e2 = _weight(scores, j, scale, m), _weight(scores, j + LANES, scale, m)
-                total, total2 = total + e, total2 + e2
-                store_joined(x, j // p, LANES, e, e2)
-            store(shares, 0, 1.0 / (total + total2))
-            store_part(tops, head * tokens + i, few, m)
-            for c in range(0, wide, LANES):
-                for r in range(0, few, TILE):
-                    multiply(x, r, 1, LANES, y, c, wide, n // p, mixed, 0, LANES)
-                    for u in range(min(TILE, few - r)):
-                        place = at + (i + r + u) * lines[3, 2] + c
-                        write(out, place, width - c, load(mixed, u * LANES) * shares[r + u])
+        for i in range(0, whole, block):
+            few = min(block, whole - i)
+            lanes = up(few, LANES)
+            pack_lanes(q, at_q + i * lines[0, 2], lines[0, 2], few, width, lanes, b)
+            _transposed_product(a, b, size, deep, lanes, scores)
+            for c in range(0, lanes, LANES):
+                top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
+                for j in range(c, n * lanes, 2 * lanes):
+                    top, top2 = larger(top, load(scores, j)), larger(top2, load(scores, j + lanes))
+                m, total, total2 = larger(top, top2) * scale, splat(0.0, scores), splat(0.0, scores)
+                for j in range(0, n * lanes, 2 * lanes):
+                    e, e2 = _weight(scores, j + c, scale, m), _weight(scores, j + c + lanes, scale, m)
+                    total, total2 = total + e, total2 + e2
+                    store_joined(x, j // p + c, lanes, e, e2)
+                store(shares, c, 1.0 / (total + total2))
+                store_part(tops, head * tokens + i + c, few - c, m)
+            for r in range(0, width, TILE):
+                _multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes)
+            _write_across(mixed, lanes, turned, shares, out, at + i * lines[3, 2], lines[3, 2], few, width)
         if whole < tokens:
-            pack_across(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, b)
-            _transposed_product(a, b, size, deep, scores)
+            pack_lanes(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, LANES, b)
+            _transposed_product(a, b, size, deep, LANES, scores)
         for i in range(whole, tokens):
             _gather(scores, i - whole, size, -np.inf, row)
             top, total = splat(-np.inf, scores), splat(0.0, scores)
@@ -177,17 +204,17 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
     wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
     deep = up(width, p) // p
     left = np.zeros((2, rows * deep * p + LANES), q.dtype)
-    across, along = np.empty((2, LANES * deep * p), q.dtype), np.empty((2, LANES * wide), q.dtype)
+    across, along = np.empty((2, PANEL * deep * p), q.dtype), np.empty((2, PANEL * wide), q.dtype)
     k_left, v_left, k_along = words(left[0]), words(left[1]), words(np.zeros(rows * wide, q.dtype))
     q_across, dout_across, q_along, dout_along = words(across[0]), words(across[1]), words(along[0]), words(along[1])
-    # Of all keys and LANES queries: the weights and the gradient of the scores, this also with keys in pairs.
-    weights, ds = np.empty(rows * LANES, q.dtype), np.empty(rows * LANES, q.dtype)
-    weights_left, ds_left, ds_pairs = words(weights), words(ds), words(np.empty(rows * LANES, q.dtype))
-    scores, products = np.empty((rows + TILE) * LANES, np.float32), np.empty((rows + TILE) * LANES, np.float32)
+    # Of all keys and a block of queries: the weights and the gradient of the scores, this also with keys in pairs.
+    weights, ds = np.empty(rows * PANEL, q.dtype), np.empty(rows * PANEL, q.dtype)
+    weights_left, ds_left, ds_pairs = words(weights), words(ds), words(np.empty(rows * PANEL, q.dtype))
+    scores, products = np.empty((rows + TILE) * PANEL, np.float32), np.empty((rows + TILE) * PANEL, np.float32)
     dkeys, dvalues = np.empty(rows * wide, np.float32), np.empty(rows * wide, np.float32)
-    mixed = np.empty(TILE * LANES, np.float32)
+    mixed, turned = np.empty(wide * PANEL, np.float32), np.empty(LANES * LANES, np.float32)
     row, drow, one = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
-    whole = _num_whole(tokens)
+    factors, whole, block = np.full(PANEL, factor), _num_whole(tokens), _block(size, p)
     for head in range(first, last):
         at_q, at_k = _place(lines, 0, heads, head), _place(lines, 1, heads, head)
         at_v, at_out = _place(lines, 2, heads, head), _place(lines, 3, heads, head)
@@ -199,56 +226,57 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
         )  # fmt: skip
         dkeys[:] = 0
         dvalues[:] = 0
-        for i in range(0, whole, LANES):
-            few = min(LANES, tokens - i)
+        for i in range(0, whole, block):
+            few = min(block, whole - i)
+            lanes = up(few, LANES)
             x, upstream = at_q + i * lines[0, 2], at_out + i * lines[3, 2]
-            pack_across(q, x, lines[0, 2], few, width, q_across)
-            pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
-            _transposed_product(k_left, q_across, size, deep, scores)
-            _transposed_product(v_left, dout_across, size, deep, products)
+            pack_lanes(q, x, lines[0, 2], few, width, lanes, q_across)
+            pack_lanes(dout, upstream, lines[3, 2], few, width, lanes, dout_across)
+            _transposed_product(k_left, q_across, size, deep, lanes, scores)
+            _transposed_product(v_left, dout_across, size, deep, lanes, products)
             # Of queries that are not there, no numbers.
-            if few < LANES:
+            if few < lanes:
                 along[:] = 0
             pack_along(q, x, lines[0, 2], few, width, q_along)
             pack_along(dout, upstream, lines[3, 2], few, width, dout_along)
-            # Weights of queries that are not there must be finite, to come to nothing.
-            m, zero = load_part(tops, head * tokens + i, few, np.inf), splat(0.0, scores)
             if size % 2:
-                store(products, size * LANES, zero)
-            total, total2, mean, mean2 = zero, zero, zero, zero
-            for j in range(0, n * LANES, 2 * LANES):
-                e, e2 = _weight(scores, j, scale, m), _weight(scores, j + LANES, scale, m)
-                store(scores, j, e)
-                store(scores, j + LANES, e2)
-                total, total2 = total + e, total2 + e2
-                mean, mean2 = fma(e, load(products, j), mean), fma(e2, load(products, j + LANES), mean2)
-            share = 1.0 / (total + total2)
-            mean = (mean + mean2) * share
-            for j in range(0, n * LANES, 2 * LANES):
-                e, e2 = load(scores, j) * share, load(scores, j + LANES) * share
-                store(weights, j, rounded(e, weights))
-                store(weights, j + LANES, rounded(e2, weights))
-                e, e2 = e * (load(products, j) - mean), e2 * (load(products, j + LANES) - mean)
-                store(ds, j, rounded(e, ds))
-                store(ds, j + LANES, rounded(e2, ds))
-                store_joined(ds_pairs, j // p, LANES, e, e2)
+                products[size * lanes : (size + 1) * lanes] = 0
+            for c in range(0, lanes, LANES):
+                # Weights of queries that are not there must be finite, to come to nothing.
+                m, zero = load_part(tops, head * tokens + i + c, few - c, np.inf), splat(0.0, scores)
+                total, total2, mean, mean2 = zero, zero, zero, zero
+                for j in range(c, n * lanes, 2 * lanes):
+                    e, e2 = _weight(scores, j, scale, m), _weight(scores, j + lanes, scale, m)
+                    store(scores, j, e)
+                    store(scores, j + lanes, e2)
+                    total, total2 = total + e, total2 + e2
+                    mean, mean2 = fma(e, load(products, j), mean), fma(e2, load(products, j + lanes), mean2)
+                share = 1.0 / (total + total2)
+                mean = (mean + mean2) * share
+                for first_of_pair in range(0, n * lanes, 2 * lanes):
+                    j = first_of_pair + c
+                    e, e2 = load(scores, j) * share, load(scores, j + lanes) * share
+                    store(weights, j, rounded(e, weights))
+                    store(weights, j + lanes, rounded(e2, weights))
+                    e, e2 = e * (load(products, j) - mean), e2 * (load(products, j + lanes) - mean)
+                    store(ds, j, rounded(e, ds))
+                    store(ds, j + lanes, rounded(e2, ds))
+                    store_joined(ds_pairs, first_of_pair // p + c, lanes, e, e2)
+            for r in range(0, width, TILE):
+                _multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes)
+            _write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)
+            line = lanes // p
             for c in range(0, wide, LANES):
-                for r in range(0, few, TILE):
-                    multiply(ds_pairs, r, 1, LANES, k_along, c, wide, n // p, mixed, 0, LANES)
-                    for u in range(min(TILE, few - r)):
-                        place = at_dq + (i + r + u) * lines[4, 2] + c
-                        write(dq, place, width - c, load(mixed, u * LANES) * factor)
-                line = LANES // p
                 for j in range(0, size, TILE):
                     at = j * wide + c
                     multiply_onto(weights_left, j * line, line, 1, dout_along, c, wide, line, dvalues, at, wide)
                     multiply_onto(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, at, wide)
         if whole < tokens:
             x, upstream, few = at_q + whole * lines[0, 2], at_out + whole * lines[3, 2], tokens - whole
-            pack_across(q, x, lines[0, 2], few, width, q_across)
-            pack_across(dout, upstream, lines[3, 2], few, width, dout_across)
-            _transposed_product(k_left, q_across, size, deep, scores)
-            _transposed_product(v_left, dout_across, size, deep, products)
+            pack_lanes(q, x, lines[0, 2], few, width, LANES, q_across)
+            pack_lanes(dout, upstream, lines[3, 2], few, width, LANES, dout_across)
+            _transposed_product(k_left, q_across, size, deep, LANES, scores)
+            _transposed_product(v_left, dout_across, size, deep, LANES, products)
         for i in range(whole, tokens):
             _gather(scores, i - whole, size, -np.inf, row)
             _gather(products, i - whole, size, 0.0, drow)

@@ -149,15 +149,16 @@ multiply_two = _tile(2, adds=False)
 multiply_two_onto = _tile(2, adds=True)
 
 
-@inner(forceinline=True)
-def pack_across(x, at, line, few, width, out):  # type: ignore[no-untyped-def]
-    """At most LANES rows of it transposed, as memory that the products read: (pairs of) columns side by side.
+@inner
+def pack_lanes(x, at, line, few, width, lanes, out):  # type: ignore[no-untyped-def]
+    """At most `lanes` rows of it transposed, as memory that the products read: (pairs of) columns side by side.
 
     Lanes without a row repeat the last one.
     """
-    step = LANES * pair_size(x)
-    for c in range(0, width, step):
-        store_transposed(out, c // pair_size(x) * LANES, LANES, x, at + c, line, few, width - c)
+    p = pair_size(x)
+    for i in range(0, lanes, LANES):
+        for c in range(0, width, LANES * p):
+            store_transposed(out, c // p * lanes + i, lanes, x, at + i * line + c, line, few - i, width - c)
 
 
 @inner(forceinline=True)

@@ -21,6 +21,8 @@ from vitcmp.models._fused import MIN_NUMBERS, autocasts, can_compile, memory, nu
 
 MAX_WEIGHTS = 2**16
 """Weights of a linear layer beyond which they do not stay in a core's cache."""
+WIDE_VECTORS = {in_bf16: machine.has_wide_vectors(in_bf16) for in_bf16 in (False, True)}
+"""By number format; a constant, as torch's compiler would trace how it is found."""
 
 
 def fits(x: Tensor, weight: Tensor, bias: Tensor | None, multiple: int = 16) -> bool:
@@ -29,7 +31,7 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None, multiple: int = 16) -> 
     has_sizes = width % 16 == 0 == outputs % multiple and weight.numel() <= MAX_WEIGHTS
     is_plain = x.dtype == torch.float32 and can_compile(x, weight) and (bias is None or bias.dtype == torch.float32)
     is_large = x.numel() // width * outputs >= MIN_NUMBERS
-    return has_sizes and is_plain and is_large and machine.has_wide_vectors(autocasts())
+    return has_sizes and is_plain and is_large and WIDE_VECTORS[autocasts()]
 
 
 @operator("vitcmp::norm_linear")
