@@ -24,7 +24,7 @@ COMPRESSES = not config.CPU_NAME and bool(get_host_cpu_features().get("avx512f")
 """Whether the processor packs the chosen lanes of a vector of 32-bit numbers with one instruction."""
 MULTIPLIES_PAIRS = not config.CPU_NAME and all(get_host_cpu_features().get(x) for x in ("avx512f", "avx512bf16"))  # type: ignore[attr-defined]
 """Whether it multiplies pairs of bf16 numbers and adds up in fp32 with one instruction."""
-INLINED = {"forceinline": True}
+INLINED: Any = {"forceinline": True}
 """Of functions too short to be called."""
 INT16, INT32, LANE_BITS = ir.IntType(16), ir.IntType(32), ir.IntType(LANES)
 

@@ -21,11 +21,11 @@ from vitcmp.attention._simd import (
     add_product,
     load_part,
     pair,
-    vector_at,
     spread,
     store,
     store_transposed,
     to_bf16,
+    vector_at,
 )  # fmt: skip  # isort: skip
 
 TILE = 8

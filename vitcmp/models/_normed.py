@@ -39,13 +39,8 @@ def norm_linear(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, w: Tensor, b: Tensor | None, in_bf16: bool
 ) -> Tensor:
     """W LayerNorm(x) + b for x of [..., D] in fp32 and W of [F, D]; the product and the result in fp32 or bf16."""
-    from vitcmp.models import _normed_cpu as cpu
-
-    rows, (columns, width) = num_rows(x), w.shape
     out, (w,) = _linear_result(x, weight, bias, eps, w, b, in_bf16), _in_format(in_bf16, w)
-    b = x.new_zeros(columns) if b is None else b
-    arrays = *map(memory, (x, weight, bias)), eps, *map(memory, (w, b, out))
-    share_out(cpu.linear, cpu.blocks(rows), torch.get_num_threads(), *arrays, width, columns, rows)
+    _run("linear", x, w, x, weight, bias, eps, w, x.new_zeros(len(w)) if b is None else b, out)
     return out
 
 
@@ -61,14 +56,9 @@ def _linear_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, w: Tensor, in_bf16: bool
 ) -> list[Tensor]:
     """Gradients of x, the norm's weight and bias, w and b."""
-    from vitcmp.models import _normed_cpu as cpu
-
-    rows, (columns, width) = num_rows(x), w.shape
-    dx, sizes, (w,) = torch.empty_like(x), [w.numel(), columns, width, width], _in_format(in_bf16, w)
-    sums = x.new_empty(cpu.PARTS, sum(sizes))
-    arrays = *map(memory, (dout.contiguous(), x, weight, bias)), eps, *map(memory, (w, dx, sums))
-    share_out(cpu.linear_backward, len(sums), torch.get_num_threads(), *arrays, width, columns, rows)
-    dw, db, dweight, dbias = sums.sum(dim=0).split(sizes)
+    dx, (columns, width), (w,) = torch.empty_like(x), w.shape, _in_format(in_bf16, w)
+    sizes = [w.numel(), columns, width, width]
+    dw, db, dweight, dbias = _run_backward("linear_backward", sizes, x, w, dout, x, weight, bias, eps, w, dx)
     return [dx, dweight, dbias, dw.view(width, columns).t().contiguous(), db]
 
 
@@ -101,12 +91,8 @@ norm_linear.register_autograd(_differentiate_linear, setup_context=_keep_linear)
 @operator("vitcmp::add_linear")
 def add_linear(x: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x + W y + b for x of [..., F] in fp32, y of [..., D] in fp32 or bf16, the product's format, and W of [F, D]."""
-    from vitcmp.models import _normed_cpu as cpu
-
-    out, rows, (columns, width) = torch.empty_like(x), num_rows(x), w.shape
-    b = x.new_zeros(columns) if b is None else b
-    arrays = map(memory, (x, y, w.to(y.dtype), b, out))
-    share_out(cpu.add_linear, cpu.blocks(rows), torch.get_num_threads(), *arrays, width, columns, rows)
+    out = torch.empty_like(x)
+    _run("add_linear", y, w, x, y, w.to(y.dtype), x.new_zeros(len(w)) if b is None else b, out)
     return out
 
 
@@ -118,14 +104,8 @@ def _(x: Tensor, *args: Any) -> Tensor:
 @operator("vitcmp::add_linear_backward")
 def _add_backward(dout: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
     """Gradients of y, w and b."""
-    from vitcmp.models import _normed_cpu as cpu
-
-    dy, rows, (columns, width) = torch.empty_like(y), num_rows(y), w.shape
-    sizes = [w.numel(), columns]
-    sums = dout.new_empty(cpu.PARTS, sum(sizes))
-    arrays = map(memory, (dout.contiguous(), y, w.to(y.dtype), dy, sums))
-    share_out(cpu.add_linear_backward, len(sums), torch.get_num_threads(), *arrays, width, columns, rows)
-    dw, db = sums.sum(dim=0).split(sizes)
+    dy, (columns, width) = torch.empty_like(y), w.shape
+    dw, db = _run_backward("add_linear_backward", [w.numel(), columns], y, w, dout, y, w.to(y.dtype), dy)
     return [dy, dw.view(width, columns).t().contiguous(), db]
 
 
@@ -156,12 +136,8 @@ def norm_mlp(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, in_bf16: bool
 ) -> Tensor:
     """x + W2 GELU(W1 LayerNorm(x) + b1) + b2 for x of [..., D] in fp32, W1 of [F, D]; products in fp32 or bf16."""
-    from vitcmp.models import _normed_cpu as cpu
-
-    out, rows, (hidden, width) = torch.empty_like(x), num_rows(x), w1.shape
-    w1, w2 = _in_format(in_bf16, w1, w2)
-    arrays = *map(memory, (x, weight, bias)), eps, *map(memory, (w1, b1, w2, b2, out))
-    share_out(cpu.mlp, cpu.blocks(rows), torch.get_num_threads(), *arrays, width, hidden, rows)
+    out, (w1, w2) = torch.empty_like(x), _in_format(in_bf16, w1, w2)
+    _run("mlp", x, w1, x, weight, bias, eps, w1, b1, w2, b2, out)
     return out
 
 
@@ -175,14 +151,11 @@ def _mlp_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, in_bf16: bool
 ) -> list[Tensor]:
     """Gradients of x, the norm's weight and bias, w1, b1, w2 and b2."""
-    from vitcmp.models import _normed_cpu as cpu
-
-    dx, rows, (hidden, width) = torch.empty_like(x), num_rows(x), w1.shape
-    sizes, (w1, w2) = [w1.numel(), w2.numel(), hidden, width, width, width], _in_format(in_bf16, w1, w2)
-    sums = x.new_empty(cpu.PARTS, sum(sizes))
-    arrays = *map(memory, (dout.contiguous(), x, weight, bias)), eps, *map(memory, (w1, b1, w2, dx, sums))
-    share_out(cpu.mlp_backward, len(sums), torch.get_num_threads(), *arrays, width, hidden, rows)
-    dw1, dw2, db1, db2, dweight, dbias = sums.sum(dim=0).split(sizes)
+    dx, (hidden, width), (w1, w2) = torch.empty_like(x), w1.shape, _in_format(in_bf16, w1, w2)
+    sizes = [w1.numel(), w2.numel(), hidden, width, width, width]
+    dw1, dw2, db1, db2, dweight, dbias = _run_backward(
+        "mlp_backward", sizes, x, w1, dout, x, weight, bias, eps, w1, b1, w2, dx
+    )  # fmt: skip
     return [dx, dweight, dbias, dw1.view(width, hidden).t().contiguous(), db1, dw2.view(width, hidden), db2]
 
 
@@ -199,7 +172,7 @@ def _keep_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_mlp(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, w1, b1, w2, b2 = ctx.saved_tensors
+    x, weight, bias, w1, b1, w2, _ = ctx.saved_tensors
     if torch.is_grad_enabled():
 
         def plain(x: Tensor, weight: Tensor, bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -231,3 +204,22 @@ for _args in (
 
 def _in_format(in_bf16: bool, *weights: Tensor) -> list[Tensor]:
     return [w.bfloat16() if in_bf16 else w for w in weights]
+
+
+def _run(kernel: str, x: Tensor, w: Tensor, *args: Tensor | float) -> None:
+    """A kernel of `_normed_cpu` for all rows of x and a first matrix like w."""
+    from vitcmp.models import _normed_cpu as cpu
+
+    (columns, width), rows, block = w.shape, num_rows(x), cpu.block_of(w.numel())
+    count = cpu.PARTS if kernel.endswith("backward") else cpu.blocks(rows, block)
+    arrays = (memory(y.contiguous()) if isinstance(y, Tensor) else y for y in args)
+    share_out(getattr(cpu, kernel), count, torch.get_num_threads(), *arrays, width, columns, rows, block)
+
+
+def _run_backward(kernel: str, sizes: list[int], x: Tensor, w: Tensor, *args: Tensor | float) -> tuple[Tensor, ...]:
+    """The same; returns its sums over rows, of these sizes."""
+    from vitcmp.models import _normed_cpu as cpu
+
+    sums = x.new_empty(cpu.PARTS, sum(sizes), dtype=torch.float32)
+    _run(kernel, x, w, *args, sums)
+    return sums.sum(dim=0).split(sizes)

@@ -29,20 +29,23 @@ from vitcmp.attention._tiles import (
 )  # fmt: skip  # isort: skip
 from vitcmp.models._fused_cpu import gelu_and_slope, gelu_of, norm_rows, norm_rows_backward
 
-ROWS = 32
-"""Rows that go through together, a multiple of TILE."""
 PARTS = 8
 
 
-def blocks(rows: int) -> int:
+def block_of(weights: int) -> int:
+    """How many rows go through together: few, of a core's first cache, or many where larger matrices pass by."""
+    return 32 if weights <= 2**14 else 128
+
+
+def blocks(rows: int, block: int) -> int:
     """Into how many blocks rows are divided."""
-    return -(-rows // ROWS)
+    return -(-rows // block)
 
 
 @inner(forceinline=True)
-def _begin(part, rows):  # type: ignore[no-untyped-def]
+def _begin(part, rows, block):  # type: ignore[no-untyped-def]
     """The first row of a part."""
-    return min(part * ((rows + ROWS - 1) // ROWS) // PARTS * ROWS, rows)
+    return min(part * ((rows + block - 1) // block) // PARTS * block, rows)
 
 
 @inner
@@ -57,7 +60,7 @@ def _take(dout, first, n, width, out, sums, place):  # type: ignore[no-untyped-d
 
 @inner
 def _add_outer(x_along, width, y, columns, rows, y_along, sums, place):  # type: ignore[no-untyped-def]
-    """x^T y, [width, columns], of `rows` rows is added to `sums` from `place` on; `y_along` is room for a panel of y."""
+    """x^T y, [width, columns], is added to `sums` from `place` on; `y_along` is room for a panel of y."""
     n = rows // pair_size(y)
     for c in range(0, columns, PANEL):
         here = min(PANEL, columns - c)
@@ -71,14 +74,14 @@ def _add_outer(x_along, width, y, columns, rows, y_along, sums, place):  # type:
 
 
 @inner
-def _linear(x, weight, bias, eps, w, b, out, width, columns, rows, first, last):  # type: ignore[no-untyped-def]
+def _linear(x, weight, bias, eps, w, b, out, width, columns, rows, block, first, last):  # type: ignore[no-untyped-def]
     """Blocks of rows from `first` to `last`."""
     wide = width // pair_size(w)
-    across, normal = panels_across(w, columns, width), np.zeros(ROWS * width, w.dtype)
+    across, normal = panels_across(w, columns, width), np.zeros(block * width, w.dtype)
     left, mixed = words(normal), np.empty(TILE * PANEL, np.float32)
-    stats = np.empty(2 * ROWS, np.float32)
-    for i in range(first * ROWS, min(last * ROWS, rows), ROWS):
-        few = min(ROWS, rows - i)
+    stats = np.empty(2 * block, np.float32)
+    for i in range(first * block, min(last * block, rows), block):
+        few = min(block, rows - i)
         norm_rows(x, i, few, weight, bias, eps, width, normal, 0, stats, 0)
         for c in range(0, columns, PANEL):
             for r in range(0, few, TILE):
@@ -95,22 +98,22 @@ def linear(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _linear_backward(dout, x, weight, bias, eps, w, dx, sums, width, columns, rows, first, last):  # type: ignore[no-untyped-def]
+def _linear_backward(dout, x, weight, bias, eps, w, dx, sums, width, columns, rows, block, first, last):  # type: ignore[no-untyped-def]
     """Parts of the rows from `first` to `last`. `sums` gets the gradients of each part: of w, transposed, b, the norm's
     weight and bias."""
     p, size = pair_size(w), width * columns
     deep, w_along = columns // p, panels_along(w, columns, width)
-    normal, normal_along = np.empty(ROWS * width, w.dtype), words(np.empty(ROWS * width, w.dtype))
-    upstream = np.empty(ROWS * columns, w.dtype)
-    left, along = words(upstream), words(np.empty(ROWS * PANEL, w.dtype))
-    dnormal, stats = np.empty(ROWS * width, np.float32), np.empty(2 * ROWS, np.float32)
+    normal, normal_along = np.empty(block * width, w.dtype), words(np.empty(block * width, w.dtype))
+    upstream = np.empty(block * columns, w.dtype)
+    left, along = words(upstream), words(np.empty(block * PANEL, w.dtype))
+    dnormal, stats = np.empty(block * width, np.float32), np.empty(2 * block, np.float32)
     for part in range(first, last):
         dw = part * (size + columns + 2 * width)
         db, dweight = dw + size, dw + size + columns
         dbias = dweight + width
         sums[dw : dbias + width] = 0
-        for i in range(_begin(part, rows), _begin(part + 1, rows), ROWS):
-            few = min(ROWS, rows - i)
+        for i in range(_begin(part, rows, block), _begin(part + 1, rows, block), block):
+            few = min(block, rows - i)
             whole = up(few, TILE)
             norm_rows(x, i, few, weight, bias, eps, width, normal, 0, stats, 0)
             _take(dout, i, few, columns, upstream, sums, db)
@@ -131,7 +134,7 @@ def linear_backward(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _add_linear(x, y, w, b, out, width, columns, rows, first, last):  # type: ignore[no-untyped-def]
+def _add_linear(x, y, w, b, out, width, columns, rows, block, first, last):  # type: ignore[no-untyped-def]
     """Blocks of rows from `first` to `last`; x and out have `columns` numbers a row, y `width` in the format of w."""
     wide = width // pair_size(w)
     across, left = panels_across(w, columns, width), words(y)
@@ -140,7 +143,7 @@ def _add_linear(x, y, w, b, out, width, columns, rows, first, last):  # type: ig
     whole = rows // TILE * TILE
     rest[: (rows - whole) * width] = y[whole * width :]
     rest_left = words(rest)
-    for i in range(first * ROWS, min(last * ROWS, rows), TILE):
+    for i in range(first * block, min(last * block, rows), TILE):
         for c in range(0, columns, PANEL):
             if i < whole:
                 multiply_panel(left, i * wide, wide, across, c, columns, wide, mixed, 0, PANEL)
@@ -158,19 +161,19 @@ def add_linear(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _add_linear_backward(dout, y, w, dy, sums, width, columns, rows, first, last):  # type: ignore[no-untyped-def]
+def _add_linear_backward(dout, y, w, dy, sums, width, columns, rows, block, first, last):  # type: ignore[no-untyped-def]
     """Parts of the rows from `first` to `last`. `sums` gets the gradients of each part: of w, transposed, and b."""
     p, size = pair_size(w), width * columns
     deep, w_along = columns // p, panels_along(w, columns, width)
-    upstream = np.empty(ROWS * columns, w.dtype)
-    left, along = words(upstream), words(np.empty(ROWS * PANEL, w.dtype))
-    y_along, mixed = words(np.empty(ROWS * width, w.dtype)), np.empty(TILE * PANEL, np.float32)
+    upstream = np.empty(block * columns, w.dtype)
+    left, along = words(upstream), words(np.empty(block * PANEL, w.dtype))
+    y_along, mixed = words(np.empty(block * width, w.dtype)), np.empty(TILE * PANEL, np.float32)
     for part in range(first, last):
         dw = part * (size + columns)
         db = dw + size
         sums[dw : db + columns] = 0
-        for i in range(_begin(part, rows), _begin(part + 1, rows), ROWS):
-            few = min(ROWS, rows - i)
+        for i in range(_begin(part, rows, block), _begin(part + 1, rows, block), block):
+            few = min(block, rows - i)
             whole = up(few, TILE)
             _take(dout, i, few, columns, upstream, sums, db)
             # Of rows that are not there, no numbers.
@@ -192,16 +195,16 @@ def add_linear_backward(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _mlp(x, weight, bias, eps, w1, b1, w2, b2, out, width, hidden, rows, first, last):  # type: ignore[no-untyped-def]
+def _mlp(x, weight, bias, eps, w1, b1, w2, b2, out, width, hidden, rows, block, first, last):  # type: ignore[no-untyped-def]
     """Blocks of rows from `first` to `last`."""
     p = pair_size(w1)
     wide, deep = width // p, hidden // p
     w1_across, w2_across = panels_across(w1, hidden, width), panels_across(w2, width, hidden)
-    normal, inside = np.zeros(ROWS * width, w1.dtype), np.empty(ROWS * hidden, w1.dtype)
+    normal, inside = np.zeros(block * width, w1.dtype), np.empty(block * hidden, w1.dtype)
     normal_left, inside_left = words(normal), words(inside)
-    mixed, stats = np.empty(TILE * PANEL, np.float32), np.empty(2 * ROWS, np.float32)
-    for i in range(first * ROWS, min(last * ROWS, rows), ROWS):
-        few = min(ROWS, rows - i)
+    mixed, stats = np.empty(TILE * PANEL, np.float32), np.empty(2 * block, np.float32)
+    for i in range(first * block, min(last * block, rows), block):
+        few = min(block, rows - i)
         norm_rows(x, i, few, weight, bias, eps, width, normal, 0, stats, 0)
         for c in range(0, hidden, PANEL):
             for r in range(0, few, TILE):
@@ -225,27 +228,27 @@ def mlp(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _mlp_backward(dout, x, weight, bias, eps, w1, b1, w2, dx, sums, width, hidden, rows, first, last):  # type: ignore[no-untyped-def]
+def _mlp_backward(dout, x, weight, bias, eps, w1, b1, w2, dx, sums, width, hidden, rows, block, first, last):  # type: ignore[no-untyped-def]
     """Parts of the rows from `first` to `last`. `sums` gets the gradients of each part: of w1, transposed, w2, b1, b2,
     the norm's weight and bias."""
     p, size = pair_size(w1), width * hidden
     wide, deep = width // p, hidden // p
     w1_across, w1_along = panels_across(w1, hidden, width), panels_along(w1, hidden, width)
     w2_along = panels_along(w2, width, hidden)
-    normal, upstream = np.empty(ROWS * width, w1.dtype), np.empty(ROWS * width, w1.dtype)
+    normal, upstream = np.empty(block * width, w1.dtype), np.empty(block * width, w1.dtype)
     normal_left, upstream_left = words(normal), words(upstream)
-    normal_along, upstream_along = words(np.empty(ROWS * width, w1.dtype)), words(np.empty(ROWS * width, w1.dtype))
-    inside_along, dinside_along = words(np.empty(ROWS * PANEL, w1.dtype)), words(np.empty(ROWS * PANEL, w1.dtype))
-    dinside, dnormal = np.empty(ROWS * hidden, w1.dtype), np.empty(ROWS * width, np.float32)
-    dinside_left, stats = words(dinside), np.empty(2 * ROWS, np.float32)
+    normal_along, upstream_along = words(np.empty(block * width, w1.dtype)), words(np.empty(block * width, w1.dtype))
+    inside_along, dinside_along = words(np.empty(block * PANEL, w1.dtype)), words(np.empty(block * PANEL, w1.dtype))
+    dinside, dnormal = np.empty(block * hidden, w1.dtype), np.empty(block * width, np.float32)
+    dinside_left, stats = words(dinside), np.empty(2 * block, np.float32)
     mixed, dmixed = np.empty(TILE * PANEL, np.float32), np.empty(TILE * PANEL, np.float32)
     for part in range(first, last):
         dw1 = part * (2 * size + hidden + 3 * width)
         dw2, db1 = dw1 + size, dw1 + 2 * size
         db2, dweight, dbias = db1 + hidden, db1 + hidden + width, db1 + hidden + 2 * width
         sums[dw1 : dbias + width] = 0
-        for i in range(_begin(part, rows), _begin(part + 1, rows), ROWS):
-            few = min(ROWS, rows - i)
+        for i in range(_begin(part, rows, block), _begin(part + 1, rows, block), block):
+            few = min(block, rows - i)
             whole = up(few, TILE)
             norm_rows(x, i, few, weight, bias, eps, width, normal, 0, stats, 0)
             _take(dout, i, few, width, upstream, sums, db2)
@@ -280,7 +283,8 @@ def _mlp_backward(dout, x, weight, bias, eps, w1, b1, w2, dx, sums, width, hidde
                     multiply_two_onto(upstream_along, r, 1, width, inside_along, 0, PANEL, n, sums, dw2 + at, hidden)
             for c in range(0, width, PANEL):
                 for r in range(0, whole, TILE):
-                    multiply_panel(dinside_left, r * deep, deep, w1_along, c, width, deep, dnormal, r * width + c, width)
+                    at = r * width + c
+                    multiply_panel(dinside_left, r * deep, deep, w1_along, c, width, deep, dnormal, at, width)
             norm_rows_backward(x, i, few, weight, width, dnormal, 0, dx, stats, 0, sums, dweight, dbias)
             for at in range(i * width, (i + few) * width, LANES):
                 store(dx, at, load(dx, at) + load(dout, at))

@@ -88,16 +88,16 @@ class MLP(nn.Sequential):
 
     def add(self, x: Tensor, norm: Norm) -> Tensor:
         """x + mlp(norm(x)), without dropout, in one pass where that is quicker."""
-        first, *_, last = self
-        if not fits(x, first.weight, first.bias, multiple=32) or _is_watched(norm, self, *self):
+        w1, b1, w2, b2 = self.parameters()
+        if not fits(x, w1, b1, multiple=32) or _is_watched(norm, self, *self):
             return x + self(norm(x))
-        matrices = *first.parameters(), *last.parameters()
-        return norm_mlp(x.contiguous(), norm.weight, norm.bias, norm.eps, *matrices, autocasts())
+        return norm_mlp(x.contiguous(), norm.weight, norm.bias, norm.eps, w1, b1, w2, b2, autocasts())
 
 
 def add(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
     """x + linear(y), in one pass where that is quicker."""
-    if not fits(x, linear.weight, linear.bias) or _is_watched(linear) or y.dtype != (torch.bfloat16 if autocasts() else torch.float32):
+    of_format = torch.bfloat16 if autocasts() else torch.float32
+    if not fits(x, linear.weight, linear.bias) or _is_watched(linear) or y.dtype != of_format:
         return x + linear(y)
     return add_linear(x.contiguous(), y.contiguous(), linear.weight, linear.bias)
 

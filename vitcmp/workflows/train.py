@@ -358,7 +358,9 @@ def train_step(
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
     if config.grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        # Not the model's own list of them, for which it walks through all its modules.
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, config.grad_clip)
     optimizer.step()
     return loss, correct
 
