@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitcmp.attention._operators import differentiable, operator
+from vitcmp.attention._operators import differentiable, memory, operator
 from vitcmp.attention._threads import share_out
 
 MIN_SCORES = 2**15
@@ -33,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     q, k, v = (_side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v)
-    arrays = *_memory(q, k, v, out), tops.view(-1).numpy(), _lines(q, k, v, out), *_sizes(q, k)
+    arrays = *map(memory, (q, k, v, out, tops)), _lines(q, k, v, out), *_sizes(q, k)
     share_out(cpu.forward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
     return out, tops
 
@@ -50,8 +50,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> li
 
     q, k, v, dout = inputs = [_side_by_side(x) for x in (q, k, v, dout)]
     gradients = [_empty_like(x) for x in (q, k, v)]
-    arrays: list[Any] = [*_memory(*inputs), tops.view(-1).numpy(), *_memory(*gradients)]
-    arrays += [_lines(*inputs, *gradients), *_sizes(q, k)]
+    arrays = *map(memory, (*inputs, tops, *gradients)), _lines(*inputs, *gradients), *_sizes(q, k)
     share_out(cpu.backward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
     return gradients
 
@@ -99,16 +98,6 @@ def _empty_like(x: Tensor) -> Tensor:
     """[B, H, N, K] as the output projection wants to read it: the heads of a token side by side."""
     batch, heads, tokens, width = x.shape
     return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
-def _memory(*tensors: Tensor) -> list[np.ndarray]:
-    """The memory from each tensor's first to its last number, bf16 as int16."""
-    flat = []
-    for x in tensors:
-        last = sum((size - 1) * line for size, line in zip(x.shape, x.stride(), strict=True))
-        y = x.as_strided((last + 1,), (1,))
-        flat.append((y.view(torch.int16) if x.dtype == torch.bfloat16 else y).numpy())
-    return flat
 
 
 def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:

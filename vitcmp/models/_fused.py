@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitcmp.attention._operators import differentiable, operator
+from vitcmp.attention._operators import differentiable, memory, operator
 from vitcmp.attention._threads import share_out
 
 MIN_NUMBERS = 2**15
@@ -147,9 +147,3 @@ norm.register_autograd(_differentiate_norm, setup_context=_keep_norm)
 
 def num_rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
-
-
-def memory(x: Tensor) -> Any:
-    """The numbers as flat memory, bf16 as int16."""
-    flat = x.detach().view(-1)
-    return (flat.view(torch.int16) if x.dtype == torch.bfloat16 else flat).numpy()

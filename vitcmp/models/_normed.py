@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp import machine
-from vitcmp.attention._operators import differentiable, operator
+from vitcmp.attention._operators import differentiable, memory, operator
 from vitcmp.attention._threads import share_out
-from vitcmp.models._fused import MIN_NUMBERS, autocasts, can_compile, memory, num_rows
+from vitcmp.models._fused import MIN_NUMBERS, autocasts, can_compile, num_rows
 
 MAX_WEIGHTS = 2**16
 """Weights of a linear layer beyond which they do not stay in a core's cache."""

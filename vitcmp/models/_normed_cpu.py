@@ -30,6 +30,7 @@ from vitcmp.attention._tiles import (
 from vitcmp.models._fused_cpu import gelu_and_slope, gelu_of, norm_rows, norm_rows_backward
 
 PARTS = 8
+"""Parts that the rows are summed up in: each holds gradients of all weights."""
 
 
 def block_of(weights: int) -> int:
@@ -99,8 +100,10 @@ def linear(team, *args):  # type: ignore[no-untyped-def]
 
 @inner
 def _linear_backward(dout, x, weight, bias, eps, w, dx, sums, width, columns, rows, block, first, last):  # type: ignore[no-untyped-def]
-    """Parts of the rows from `first` to `last`. `sums` gets the gradients of each part: of w, transposed, b, the norm's
-    weight and bias."""
+    """Parts of the rows from `first` to `last`.
+
+    `sums` gets the gradients of each part: of w, transposed, b, the norm's weight and bias.
+    """
     p, size = pair_size(w), width * columns
     deep, w_along = columns // p, panels_along(w, columns, width)
     normal, normal_along = np.empty(block * width, w.dtype), words(np.empty(block * width, w.dtype))
@@ -229,8 +232,11 @@ def mlp(team, *args):  # type: ignore[no-untyped-def]
 
 @inner
 def _mlp_backward(dout, x, weight, bias, eps, w1, b1, w2, dx, sums, width, hidden, rows, block, first, last):  # type: ignore[no-untyped-def]
-    """Parts of the rows from `first` to `last`. `sums` gets the gradients of each part: of w1, transposed, w2, b1, b2,
-    the norm's weight and bias."""
+    """Parts of the rows from `first` to `last`: with n = LayerNorm(x), h = W1 n + b1 and g = GELU(h) of a row,
+
+    dg = W2^T dout,  dh = dg GELU'(h),  dW1 = dh n^T,  dW2 = dout g^T,  dn = W1^T dh.
+    `sums` gets the gradients of each part: of w1, transposed, w2, b1, b2, the norm's weight and bias.
+    """
     p, size = pair_size(w1), width * hidden
     wide, deep = width // p, hidden // p
     w1_across, w1_along = panels_across(w1, hidden, width), panels_along(w1, hidden, width)
