@@ -214,3 +214,18 @@ t.test_an_mlp(True, 2**-6, 77, 32, 96)
 """
     variables = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=variables, check=True)
+
+
+def test_rows_may_lie_in_memory_as_they_like() -> None:
+    x = torch.randn(48, 70).T
+    weight, bias, w1, b1, w2, b2 = parameters(48, (96, 48), (96,), (48, 96), (48,))
+    for function in (
+        lambda x: norm_linear(x, weight, bias, EPS, w1, b1, False),
+        lambda x: norm_mlp(x, weight, bias, EPS, w1, b1, w2, b2, False),
+        lambda x: add_linear(x, x, w1[:48], b2),
+    ):
+        upstream = torch.randn_like(function(x)).T.contiguous().T
+        for ours, wanted in zip(
+            gradients(function, [x], upstream), gradients(function, [x.contiguous()], upstream), strict=True
+        ):
+            assert torch.equal(ours, wanted)

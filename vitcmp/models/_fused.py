@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,14 +49,14 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU(x + bias) for x of [..., F] in fp32 or bf16, and the bias in fp32."""
     from vitcmp.models import _fused_cpu as cpu
 
-    out, rows = torch.empty_like(x), num_rows(x)
-    share_out(cpu.gelu, cpu.chunks(rows), torch.get_num_threads(), *map(memory, (x, bias, out)), len(bias), rows)
+    out, rows = empty_rows(x), num_rows(x)
+    share_out(cpu.gelu, cpu.chunks(rows), torch.get_num_threads(), *map(flat, (x, bias, out)), len(bias), rows)
     return out
 
 
 @bias_gelu.register_fake
 def _(x: Tensor, bias: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return empty_rows(x)
 
 
 @operator("vitcmp::bias_gelu_backward")
@@ -63,16 +64,16 @@ def _gelu_backward(dout: Tensor, x: Tensor, bias: Tensor) -> list[Tensor]:
     """Gradients of x and of the bias."""
     from vitcmp.models import _fused_cpu as cpu
 
-    dx, rows = torch.empty_like(x), num_rows(x)
+    dx, rows = empty_rows(x), num_rows(x)
     dbias = bias.new_empty(cpu.chunks(rows), len(bias))
-    arrays = map(memory, (x, bias, dout.contiguous(), dx, dbias))
+    arrays = map(flat, (x, bias, dout, dx, dbias))
     share_out(cpu.gelu_backward, len(dbias), torch.get_num_threads(), *arrays, len(bias), rows)
     return [dx, dbias.sum(dim=0)]
 
 
 @_gelu_backward.register_fake
 def _(dout: Tensor, x: Tensor, bias: Tensor) -> list[Tensor]:
-    return [torch.empty_like(x), torch.empty_like(bias)]
+    return [empty_rows(x), empty_rows(bias)]
 
 
 def _keep_gelu(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -95,7 +96,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, in_bf16: bool) -> 
     from vitcmp.models import _fused_cpu as cpu
 
     (out, stats), rows = _norm_results(x, weight, bias, eps, in_bf16), num_rows(x)
-    arrays = map(memory, (x, weight, bias, out, stats))
+    arrays = map(flat, (x, weight, bias, out, stats))
     share_out(cpu.norm, cpu.chunks(rows), torch.get_num_threads(), *arrays, eps, len(bias), rows)
     return out, stats
 
@@ -103,7 +104,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, in_bf16: bool) -> 
 @norm.register_fake
 def _norm_results(x: Tensor, weight: Tensor, bias: Tensor, eps: float, in_bf16: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.bfloat16 if in_bf16 else torch.float32
-    return torch.empty_like(x, dtype=dtype), x.new_empty(num_rows(x), 2, dtype=torch.float32)
+    return empty_rows(x, dtype), x.new_empty(num_rows(x), 2, dtype=torch.float32)
 
 
 @operator("vitcmp::layer_norm_backward")
@@ -111,16 +112,16 @@ def _norm_backward(dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> li
     """Gradients of x, the weight and the bias."""
     from vitcmp.models import _fused_cpu as cpu
 
-    dx, rows = torch.empty_like(x), num_rows(x)
+    dx, rows = empty_rows(x), num_rows(x)
     dparameters = weight.new_empty(cpu.chunks(rows), 2, len(weight))
-    arrays = map(memory, (x, weight, stats, dout.contiguous(), dx, dparameters))
+    arrays = map(flat, (x, weight, stats, dout, dx, dparameters))
     share_out(cpu.norm_backward, len(dparameters), torch.get_num_threads(), *arrays, len(weight), rows)
     return [dx, *dparameters.sum(dim=0).unbind()]
 
 
 @_norm_backward.register_fake
 def _(dout: Tensor, x: Tensor, weight: Tensor, stats: Tensor) -> list[Tensor]:
-    return [torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)]
+    return [empty_rows(x), empty_rows(weight), empty_rows(weight)]
 
 
 def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -147,3 +148,13 @@ norm.register_autograd(_differentiate_norm, setup_context=_keep_norm)
 
 def num_rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
+
+
+def empty_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for as many numbers, row after row, however x lies in memory."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def flat(x: Tensor) -> np.ndarray:
+    """The numbers, row after row, for a kernel."""
+    return memory(x.contiguous())

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp import machine
-from vitcmp.attention._operators import differentiable, memory, operator
+from vitcmp.attention._operators import differentiable, operator
 from vitcmp.attention._threads import share_out
-from vitcmp.models._fused import MIN_NUMBERS, autocasts, can_compile, num_rows
+from vitcmp.models._fused import MIN_NUMBERS, autocasts, can_compile, empty_rows, flat, num_rows
 
 MAX_WEIGHTS = 2**16
 """Weights of a linear layer beyond which they do not stay in a core's cache."""
@@ -56,7 +56,7 @@ def _linear_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, w: Tensor, in_bf16: bool
 ) -> list[Tensor]:
     """Gradients of x, the norm's weight and bias, w and b."""
-    dx, (columns, width), (w,) = torch.empty_like(x), w.shape, _in_format(in_bf16, w)
+    dx, (columns, width), (w,) = empty_rows(x), w.shape, _in_format(in_bf16, w)
     sizes = [w.numel(), columns, width, width]
     dw, db, dweight, dbias = _run_backward("linear_backward", sizes, x, w, dout, x, weight, bias, eps, w, dx)
     return [dx, dweight, dbias, dw.view(width, columns).t().contiguous(), db]
@@ -64,7 +64,7 @@ def _linear_backward(
 
 @_linear_backward.register_fake
 def _(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, w: Tensor, in_bf16: bool) -> list[Tensor]:
-    return [*(torch.empty_like(y) for y in (x, weight, bias, w)), w.new_empty(len(w))]
+    return [*map(empty_rows, (x, weight, bias, w)), w.new_empty(len(w))]
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,27 +91,27 @@ norm_linear.register_autograd(_differentiate_linear, setup_context=_keep_linear)
 @operator("vitcmp::add_linear")
 def add_linear(x: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     """x + W y + b for x of [..., F] in fp32, y of [..., D] in fp32 or bf16, the product's format, and W of [F, D]."""
-    out = torch.empty_like(x)
+    out = empty_rows(x)
     _run("add_linear", y, w, x, y, w.to(y.dtype), x.new_zeros(len(w)) if b is None else b, out)
     return out
 
 
 @add_linear.register_fake
 def _(x: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(x)
+    return empty_rows(x)
 
 
 @operator("vitcmp::add_linear_backward")
 def _add_backward(dout: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
     """Gradients of y, w and b."""
-    dy, (columns, width) = torch.empty_like(y), w.shape
+    dy, (columns, width) = empty_rows(y), w.shape
     dw, db = _run_backward("add_linear_backward", [w.numel(), columns], y, w, dout, y, w.to(y.dtype), dy)
     return [dy, dw.view(width, columns).t().contiguous(), db]
 
 
 @_add_backward.register_fake
 def _(dout: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
-    return [torch.empty_like(y), torch.empty_like(w), w.new_empty(len(w))]
+    return [empty_rows(y), empty_rows(w), w.new_empty(len(w))]
 
 
 def _keep_added(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,14 +136,14 @@ def norm_mlp(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, in_bf16: bool
 ) -> Tensor:
     """x + W2 GELU(W1 LayerNorm(x) + b1) + b2 for x of [..., D] in fp32, W1 of [F, D]; products in fp32 or bf16."""
-    out, (w1, w2) = torch.empty_like(x), _in_format(in_bf16, w1, w2)
+    out, (w1, w2) = empty_rows(x), _in_format(in_bf16, w1, w2)
     _run("mlp", x, w1, x, weight, bias, eps, w1, b1, w2, b2, out)
     return out
 
 
 @norm_mlp.register_fake
 def _(x: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(x)
+    return empty_rows(x)
 
 
 @operator("vitcmp::norm_mlp_backward")
@@ -151,7 +151,7 @@ def _mlp_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, in_bf16: bool
 ) -> list[Tensor]:
     """Gradients of x, the norm's weight and bias, w1, b1, w2 and b2."""
-    dx, (hidden, width), (w1, w2) = torch.empty_like(x), w1.shape, _in_format(in_bf16, w1, w2)
+    dx, (hidden, width), (w1, w2) = empty_rows(x), w1.shape, _in_format(in_bf16, w1, w2)
     sizes = [w1.numel(), w2.numel(), hidden, width, width, width]
     dw1, dw2, db1, db2, dweight, dbias = _run_backward(
         "mlp_backward", sizes, x, w1, dout, x, weight, bias, eps, w1, b1, w2, dx
@@ -163,7 +163,7 @@ def _mlp_backward(
 def _(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, in_bf16: bool
 ) -> list[Tensor]:
-    return [torch.empty_like(y) for y in (x, weight, bias, w1, b1, w2, weight)]
+    return [*map(empty_rows, (x, weight, bias, w1, b1, w2, weight))]
 
 
 def _keep_mlp(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -212,7 +212,7 @@ def _run(kernel: str, x: Tensor, w: Tensor, *args: Tensor | float) -> None:
 
     (columns, width), rows, block = w.shape, num_rows(x), cpu.block_of(w.numel())
     count = cpu.PARTS if kernel.endswith("backward") else cpu.blocks(rows, block)
-    arrays = (memory(y.contiguous()) if isinstance(y, Tensor) else y for y in args)
+    arrays = (flat(y) if isinstance(y, Tensor) else y for y in args)
     share_out(getattr(cpu, kernel), count, torch.get_num_threads(), *arrays, width, columns, rows, block)
 
 
