@@ -90,16 +90,17 @@ def test_pairs_of_bf16_are_multiplied(multiplies: bool, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int16])
 @pytest.mark.parametrize(("few", "n"), [(16, 16), (1, 1), (3, 13), (16, 32), (5, 31)])
-def test_rows_are_transposed(few: int, n: int, dtype: type) -> None:
+@pytest.mark.parametrize("apart", [16, 32])
+def test_rows_are_transposed(apart: int, few: int, n: int, dtype: type) -> None:
     share = 4 // np.dtype(dtype).itemsize
     n = min(n, simd.LANES * share)
 
     @njit
     def transpose(x, out):  # type: ignore[no-untyped-def]
-        simd.store_transposed(out, 2, x, 1, 33, few, n)
+        simd.store_transposed(out, 2, apart, x, 1, 33, few, n)
 
     x = np.arange(1, 1 + (few - 1) * 33 + 1 + n, dtype=dtype)
-    out = np.full(2 + 17 * simd.LANES, -1, np.float32 if share == 1 else np.int32)
+    out = np.full(2 + 17 * apart, -1, np.float32 if share == 1 else np.int32)
     transpose(x, out)
     words = -(-n // share)
     rows = np.zeros((simd.LANES, words * share), dtype)
@@ -107,9 +108,11 @@ def test_rows_are_transposed(few: int, n: int, dtype: type) -> None:
         start = 1 + min(i, few - 1) * 33
         rows[i, :n] = x[start : start + n]
     wanted = rows.view(out.dtype).T
-    np.testing.assert_array_equal(out[2 : 2 + words * simd.LANES].reshape(words, simd.LANES), wanted)
+    lines = out[2 : 2 + words * apart].reshape(words, apart)
+    np.testing.assert_array_equal(lines[:, : simd.LANES], wanted)
     assert (out[:2] == -1).all()
-    assert (out[2 + words * simd.LANES :] == -1).all()
+    assert (lines[:, simd.LANES :] == -1).all()
+    assert (out[2 + words * apart :] == -1).all()
 
 
 def test_a_polynomial() -> None:

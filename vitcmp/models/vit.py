@@ -123,10 +123,12 @@ class Block(nn.Module):
         if self.training and (self.dropout.p or self.drop_path.probability):
             x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
             return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
-        if isinstance(self.attention, MultiHead) and not _is_watched(self.attention):
-            x = add(x, self.attention.mix(x, self.norm1), self.attention.out)
+        mixer = self.attention
+        # One with a way of its own from tokens to tokens goes it.
+        if isinstance(mixer, MultiHead) and type(mixer).forward is MultiHead.forward and not _is_watched(mixer):
+            x = add(x, mixer.mix(x, self.norm1), mixer.out)
         else:
-            x = x + self.attention(self.norm1(x))
+            x = x + mixer(self.norm1(x))
         return self.mlp.add(x, self.norm2)
 
 
