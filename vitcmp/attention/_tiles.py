@@ -163,7 +163,7 @@ def pack_lanes(x, at, line, few, width, lanes, out):  # type: ignore[no-untyped-
 
 @inner(forceinline=True)
 def pack_along(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
-    """The same with (pairs of) tokens side by side, as memory that the products read."""
+    """Rows as memory that the products read, with (pairs of) tokens side by side."""
     p, wide = pair_size(x), up(width, LANES)
     for i in range(0, tokens, p):
         for c in range(0, width, LANES):

@@ -24,14 +24,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(x weight^T + bias), exact (by the normal distribution function): [..., D] -> [..., F]."""
     if not can_compile(x, bias) or x.numel() // x.shape[-1] * len(weight) < MIN_NUMBERS:
         return F.gelu(F.linear(x, weight, bias))
-    return bias_gelu(F.linear(x, weight).contiguous(), bias)
+    return bias_gelu(F.linear(x, weight), bias)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last axis; under autocast to bf16 on the CPU in bf16, computed in fp32."""
     if not can_compile(x, bias) or x.numel() < MIN_NUMBERS:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
-    return norm(x.contiguous(), weight, bias, eps, autocasts() or x.dtype == torch.bfloat16)[0]
+    return norm(x, weight, bias, eps, autocasts() or x.dtype == torch.bfloat16)[0]
 
 
 def autocasts() -> bool:

@@ -73,7 +73,7 @@ class Norm(nn.LayerNorm):
         """linear(norm(x)), in one pass where that is quicker."""
         if not fits(x, linear.weight, linear.bias) or _is_watched(self, linear):
             return linear(self(x))
-        return norm_linear(x.contiguous(), self.weight, self.bias, self.eps, linear.weight, linear.bias, autocasts())
+        return norm_linear(x, self.weight, self.bias, self.eps, linear.weight, linear.bias, autocasts())
 
 
 class MLP(nn.Sequential):
@@ -91,7 +91,7 @@ class MLP(nn.Sequential):
         w1, b1, w2, b2 = self.parameters()
         if not fits(x, w1, b1, multiple=32) or _is_watched(norm, self, *self):
             return x + self(norm(x))
-        return norm_mlp(x.contiguous(), norm.weight, norm.bias, norm.eps, w1, b1, w2, b2, autocasts())
+        return norm_mlp(x, norm.weight, norm.bias, norm.eps, w1, b1, w2, b2, autocasts())
 
 
 def add(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
@@ -99,7 +99,7 @@ def add(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
     of_format = torch.bfloat16 if autocasts() else torch.float32
     if not fits(x, linear.weight, linear.bias) or _is_watched(linear) or y.dtype != of_format:
         return x + linear(y)
-    return add_linear(x.contiguous(), y.contiguous(), linear.weight, linear.bias)
+    return add_linear(x, y, linear.weight, linear.bias)
 
 
 def _is_watched(*modules: nn.Module) -> bool:
