@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import DIM, HEADS, WIDTH, Case, make_block, make_layer, make_qkv, merge_heads, project, relative
+from test_softmax import strided
 from torch import Tensor
 
 import vitcmp
 from vitcmp import attention
-from vitcmp.attention import AttentionError, LayerConfig, TokenGrid, attention_map
+from vitcmp.attention import AttentionError, LayerConfig, TokenGrid, attention_map, differential
+from vitcmp.attention._differential import attend, attend_at_once
 
 
 def differential_twin(core: Any, q: Tensor, k: Tensor, v: Tensor, index: int = 0) -> Tensor:
@@ -96,3 +99,70 @@ def test_models_start_from_the_same_lambda() -> None:
 def test_differential_refuses_an_odd_head() -> None:
     with pytest.raises(AttentionError, match=r"head width \(5\) must be even.*num_heads \(2\)"):
         attention.load("differential").build(make_layer(dim=10))
+
+
+def with_gradients(attend: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def kernel(*inputs: Tensor) -> Tensor:
+    return attend(*inputs)[0]
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 2), (5, 6), (16, 32), (33, 12), (65, 64), (257, 16)])
+def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        *qkv, dout = strided(2, 3, tokens, width, dtype)
+        inputs = [*qkv, torch.tensor(0.3)]
+        exact = with_gradients(attend_at_once, [x.double() for x in inputs], dout.double())
+        for ours, wanted, x in zip(with_gradients(kernel, inputs, dout), exact, (dout, *inputs), strict=True):
+            assert ours.dtype == x.dtype
+            # One token's scores have no gradient.
+            assert (ours - wanted).norm() <= tolerance * max(float(wanted.norm()), 1.0)
+
+
+def test_a_bad_query_spoils_its_own_row_alone() -> None:
+    q, k, v, _ = (x.detach() for x in strided(1, 2, 20, 8, torch.float32))
+    share = torch.tensor(0.3)
+    fine = attend(q, k, v, share)[0]
+    for column in (2, 6):  # of the first map, and of the second
+        spoilt = q.clone()
+        spoilt[0, 1, 3, column] = math.nan
+        found = attend(spoilt, k, v, share)[0]
+        assert found[0, 1, 3].isnan().all()
+        found[0, 1, 3] = fine[0, 1, 3]
+        assert torch.equal(found, fine)
+
+
+def test_gradients_of_gradients() -> None:
+    inputs = [*(x.detach() for x in strided(1, 2, 9, 4, torch.float32)[:3]), torch.tensor(0.3)]
+    leaves = [x.requires_grad_() for x in inputs]
+    found = []
+    for form in (kernel, attend_at_once):
+        (dq,) = torch.autograd.grad(form(*leaves).square().sum(), leaves[0], create_graph=True)
+        found.append(torch.autograd.grad(dq.square().sum(), leaves))
+    for ours, wanted in zip(*found, strict=True):
+        assert relative(ours, wanted) < 1e-4
+
+
+def test_the_compiler_takes_it_whole() -> None:
+    leaves = [*strided(1, 2, 20, 8, torch.float32)[:3], torch.tensor(0.3, requires_grad=True)]
+    compiled = torch.compile(kernel, backend="aot_eager", fullgraph=True)
+    results = []
+    for form in (kernel, compiled):
+        y = form(*leaves)
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    for wanted, found in zip(*results, strict=True):
+        assert relative(found, wanted) < 1e-6
+
+
+def test_maps_of_a_kernel_equal_maps_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_block("differential").core
+    q, k, v, dout = strided(2, HEADS, 33, WIDTH, torch.float32)
+    found = with_gradients(core, [q, k, v], dout)
+    monkeypatch.setattr(differential, "stays_in_cache", lambda k: False)
+    for ours, wanted in zip(found, with_gradients(core, [q, k, v], dout), strict=True):
+        assert not torch.equal(ours, wanted)  # another form indeed
+        assert relative(ours, wanted) < 1e-6

@@ -31,16 +31,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and the largest scores, [B H, N]."""
     from vitcmp.attention import _softmax_cpu as cpu
 
-    q, k, v = (_side_by_side(x) for x in (q, k, v))
+    q, k, v = (side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v)
-    arrays = *map(memory, (q, k, v, out, tops)), _lines(q, k, v, out), *_sizes(q, k)
-    share_out(cpu.forward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
+    arrays = *map(memory, (q, k, v, out, tops)), lines_of(q, k, v, out), *sizes(q, k)
+    share_out(cpu.forward, len(tops), num_threads(tops, k.shape[2]), *arrays)
     return out, tops
 
 
 @attend.register_fake
 def _results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)
+    return empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)
 
 
 @operator("vitcmp::softmax_attention_backward")
@@ -48,16 +48,16 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> li
     """Gradients of q, k and v."""
     from vitcmp.attention import _softmax_cpu as cpu
 
-    q, k, v, dout = inputs = [_side_by_side(x) for x in (q, k, v, dout)]
-    gradients = [_empty_like(x) for x in (q, k, v)]
-    arrays = *map(memory, (*inputs, tops, *gradients)), _lines(*inputs, *gradients), *_sizes(q, k)
-    share_out(cpu.backward, len(tops), _num_threads(tops, k.shape[2]), *arrays)
+    q, k, v, dout = inputs = [side_by_side(x) for x in (q, k, v, dout)]
+    gradients = [empty_like(x) for x in (q, k, v)]
+    arrays = *map(memory, (*inputs, tops, *gradients)), lines_of(*inputs, *gradients), *sizes(q, k)
+    share_out(cpu.backward, len(tops), num_threads(tops, k.shape[2]), *arrays)
     return gradients
 
 
 @_backward.register_fake
 def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tensor]:
-    return [_empty_like(x) for x in (q, k, v)]
+    return [empty_like(x) for x in (q, k, v)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -89,26 +89,26 @@ def _backward_flops(dout_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out
     return 10 * math.prod(q_shape) * k_shape[2]
 
 
-def _side_by_side(x: Tensor) -> Tensor:
+def side_by_side(x: Tensor) -> Tensor:
     """The same, with the numbers of each token side by side in memory, and no number for two tokens."""
     return x if x.stride(-1) == 1 and min(x.stride()[:-1]) > 0 else x.contiguous()
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
     """[B, H, N, K] as the output projection wants to read it: the heads of a token side by side."""
     batch, heads, tokens, width = x.shape
     return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+def sizes(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
     """Heads, queries, keys, and the heads' width."""
     _, heads, tokens, width = q.shape
     return heads, tokens, k.shape[2], width
 
 
-def _lines(*tensors: Tensor) -> np.ndarray:
+def lines_of(*tensors: Tensor) -> np.ndarray:
     return np.array([x.stride()[:3] for x in tensors])
 
 
-def _num_threads(tops: Tensor, keys: int) -> int:
+def num_threads(tops: Tensor, keys: int) -> int:
     return min(torch.get_num_threads(), len(tops), max(1, tops.numel() * keys // MIN_SCORES))

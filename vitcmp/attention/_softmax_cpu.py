@@ -27,23 +27,24 @@ from vitcmp.attention._simd import (
     splat,
     store,
     store_part,
-    store_transposed,
     total_of,
     write,
 )  # fmt: skip  # isort: skip
 from vitcmp.attention._tiles import (
     PANEL,
     TILE,
-    multiply,
+    multiply_lanes,
     multiply_onto,
-    multiply_two,
     pack_along,
     pack_lanes,
+    pack_left,
     pair_size,
     rounded,
     store_joined,
+    transposed_product,
     up,
     words,
+    write_across,
 )  # fmt: skip  # isort: skip
 
 MAX_LEFT_OVER = 2
@@ -51,49 +52,12 @@ MAX_LEFT_OVER = 2
 
 
 @inner
-def _pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
-    """A head's [N, K] as a product's left operand: rows side by side. What follows the last row is overwritten."""
-    deep = up(width, pair_size(x))
-    for i in range(tokens):
-        for c in range(0, width, LANES):
-            store(out, i * deep + c, load_part(x, at + i * line + c, width - c, 0))
-
-
-@inner
-def _place(lines, array, heads, head):  # type: ignore[no-untyped-def]
+def place_of(lines, array, heads, head):  # type: ignore[no-untyped-def]
     return (head // heads) * lines[array, 0] + (head % heads) * lines[array, 1]
 
 
-@inner(forceinline=True)
-def _multiply_lanes(a, at, row, step, b, lanes, n, out, place):  # type: ignore[no-untyped-def]
-    """TILE rows of a times b, [n, lanes], with LANES or PANEL lanes."""
-    if lanes == PANEL:
-        multiply_two(a, at, row, step, b, 0, PANEL, n, out, place, PANEL)
-    else:
-        multiply(a, at, row, step, b, 0, LANES, n, out, place, LANES)
-
-
 @inner
-def _transposed_product(a, b, size, deep, lanes, out):  # type: ignore[no-untyped-def]
-    """out [M, lanes] = all keys' rows of a, times the queries' columns of b; -inf for a key that makes M even."""
-    for j in range(0, size, TILE):
-        _multiply_lanes(a, j * deep, deep, 1, b, lanes, deep, out, j * lanes)
-    if size % 2:
-        out[size * lanes : (size + 1) * lanes] = -np.inf
-
-
-@inner
-def _write_across(mixed, lanes, turned, factors, out, at, line, few, width):  # type: ignore[no-untyped-def]
-    """Rows of `out` from columns of `mixed`, [K, lanes], times each one's factor; `turned` is room for LANES rows."""
-    for v in range(0, few, LANES):
-        for c in range(0, width, LANES):
-            store_transposed(turned, 0, LANES, mixed, c * lanes + v, lanes, LANES, LANES)
-            for u in range(min(LANES, few - v)):
-                write(out, at + (v + u) * line + c, width - c, load(turned, u * LANES) * factors[v + u])
-
-
-@inner
-def _weight(scores, j, scale, top):  # type: ignore[no-untyped-def]
+def weight_of(scores, j, scale, top):  # type: ignore[no-untyped-def]
     """Weights of a key before they are made to sum to 1."""
     return exp2(fma(load(scores, j), scale, 0.0 - top))
 
@@ -106,7 +70,7 @@ def _num_whole(tokens):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _block(size, p):  # type: ignore[no-untyped-def]
+def block_of(size, p):  # type: ignore[no-untyped-def]
     """Queries that come together: the wide tile pays in bf16, as long as their scores stay in a core's cache."""
     return PANEL if p == 2 and size <= 1024 else LANES
 
@@ -137,7 +101,7 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     p = pair_size(q)
     scale = np.float32(width**-0.5 / math.log(2))
     wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
-    deep, block = up(width, p) // p, _block(size, p)
+    deep, block = up(width, p) // p, block_of(size, p)
     keys, values = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * wide, q.dtype)
     queries = np.empty(block * deep * p, q.dtype)
     a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * block, q.dtype))
@@ -145,31 +109,31 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     shares, row, one = np.empty(block, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
     turned, whole = np.empty(LANES * LANES, np.float32), _num_whole(tokens)
     for head in range(first, last):
-        at_q, at = _place(lines, 0, heads, head), _place(lines, 3, heads, head)
-        _pack_left(k, _place(lines, 1, heads, head), lines[1, 2], size, width, keys)
-        pack_along(v, _place(lines, 2, heads, head), lines[2, 2], size, width, y)
+        at_q, at = place_of(lines, 0, heads, head), place_of(lines, 3, heads, head)
+        pack_left(k, place_of(lines, 1, heads, head), lines[1, 2], size, width, keys)
+        pack_along(v, place_of(lines, 2, heads, head), lines[2, 2], size, width, y)
         for i in range(0, whole, block):
             few = min(block, whole - i)
             lanes = up(few, LANES)
             pack_lanes(q, at_q + i * lines[0, 2], lines[0, 2], few, width, lanes, b)
-            _transposed_product(a, b, size, deep, lanes, scores)
+            transposed_product(a, b, size, deep, lanes, scores)
             for c in range(0, lanes, LANES):
                 top, top2 = splat(-np.inf, scores), splat(-np.inf, scores)
                 for j in range(c, n * lanes, 2 * lanes):
                     top, top2 = larger(top, load(scores, j)), larger(top2, load(scores, j + lanes))
                 m, total, total2 = larger(top, top2) * scale, splat(0.0, scores), splat(0.0, scores)
                 for j in range(0, n * lanes, 2 * lanes):
-                    e, e2 = _weight(scores, j + c, scale, m), _weight(scores, j + c + lanes, scale, m)
+                    e, e2 = weight_of(scores, j + c, scale, m), weight_of(scores, j + c + lanes, scale, m)
                     total, total2 = total + e, total2 + e2
                     store_joined(x, j // p + c, lanes, e, e2)
                 store(shares, c, 1.0 / (total + total2))
                 store_part(tops, head * tokens + i + c, few - c, m)
             for r in range(0, width, TILE):
-                _multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes)
-            _write_across(mixed, lanes, turned, shares, out, at + i * lines[3, 2], lines[3, 2], few, width)
+                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes)
+            write_across(mixed, lanes, turned, shares, out, at + i * lines[3, 2], lines[3, 2], few, width)
         if whole < tokens:
             pack_lanes(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, LANES, b)
-            _transposed_product(a, b, size, deep, LANES, scores)
+            transposed_product(a, b, size, deep, LANES, scores)
         for i in range(whole, tokens):
             _gather(scores, i - whole, size, -np.inf, row)
             top, total = splat(-np.inf, scores), splat(0.0, scores)
@@ -177,7 +141,7 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
                 top = larger(top, load(row, j))
             m1 = largest(top) * scale
             for j in range(0, size, LANES):
-                e = _weight(row, j, scale, m1)
+                e = weight_of(row, j, scale, m1)
                 total = total + e
                 write(one, j, LANES, e)
             tops[head * tokens + i] = m1
@@ -202,7 +166,7 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
     factor = np.float32(width**-0.5)
     scale = np.float32(width**-0.5 / math.log(2))
     wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
-    deep, block = up(width, p) // p, _block(size, p)
+    deep, block = up(width, p) // p, block_of(size, p)
     left = np.zeros((2, rows * deep * p + LANES), q.dtype)
     across, along = np.empty((2, block * deep * p), q.dtype), np.empty((2, block * wide), q.dtype)
     k_left, v_left, k_along = words(left[0]), words(left[1]), words(np.zeros(rows * wide, q.dtype))
@@ -216,13 +180,13 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
     row, drow, one = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
     factors, whole = np.full(block, factor), _num_whole(tokens)
     for head in range(first, last):
-        at_q, at_k = _place(lines, 0, heads, head), _place(lines, 1, heads, head)
-        at_v, at_out = _place(lines, 2, heads, head), _place(lines, 3, heads, head)
-        _pack_left(k, at_k, lines[1, 2], size, width, left[0])
-        _pack_left(v, at_v, lines[2, 2], size, width, left[1])
+        at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
+        at_v, at_out = place_of(lines, 2, heads, head), place_of(lines, 3, heads, head)
+        pack_left(k, at_k, lines[1, 2], size, width, left[0])
+        pack_left(v, at_v, lines[2, 2], size, width, left[1])
         pack_along(k, at_k, lines[1, 2], size, width, k_along)
         at_dq, at_dk, at_dv = (
-            _place(lines, 4, heads, head), _place(lines, 5, heads, head), _place(lines, 6, heads, head)
+            place_of(lines, 4, heads, head), place_of(lines, 5, heads, head), place_of(lines, 6, heads, head)
         )  # fmt: skip
         dkeys[:] = 0
         dvalues[:] = 0
@@ -232,8 +196,8 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
             x, upstream = at_q + i * lines[0, 2], at_out + i * lines[3, 2]
             pack_lanes(q, x, lines[0, 2], few, width, lanes, q_across)
             pack_lanes(dout, upstream, lines[3, 2], few, width, lanes, dout_across)
-            _transposed_product(k_left, q_across, size, deep, lanes, scores)
-            _transposed_product(v_left, dout_across, size, deep, lanes, products)
+            transposed_product(k_left, q_across, size, deep, lanes, scores)
+            transposed_product(v_left, dout_across, size, deep, lanes, products)
             # Of queries that are not there, no numbers.
             if few < lanes:
                 along[:] = 0
@@ -246,7 +210,7 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 m, zero = load_part(tops, head * tokens + i + c, few - c, np.inf), splat(0.0, scores)
                 total, total2, mean, mean2 = zero, zero, zero, zero
                 for j in range(c, n * lanes, 2 * lanes):
-                    e, e2 = _weight(scores, j, scale, m), _weight(scores, j + lanes, scale, m)
+                    e, e2 = weight_of(scores, j, scale, m), weight_of(scores, j + lanes, scale, m)
                     store(scores, j, e)
                     store(scores, j + lanes, e2)
                     total, total2 = total + e, total2 + e2
@@ -263,8 +227,8 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                     store(ds, j + lanes, rounded(e2, ds))
                     store_joined(ds_pairs, first_of_pair // p + c, lanes, e, e2)
             for r in range(0, width, TILE):
-                _multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes)
-            _write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)
+                multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes)
+            write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)
             line = lanes // p
             for c in range(0, wide, LANES):
                 for j in range(0, size, TILE):
@@ -275,14 +239,14 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
             x, upstream, few = at_q + whole * lines[0, 2], at_out + whole * lines[3, 2], tokens - whole
             pack_lanes(q, x, lines[0, 2], few, width, LANES, q_across)
             pack_lanes(dout, upstream, lines[3, 2], few, width, LANES, dout_across)
-            _transposed_product(k_left, q_across, size, deep, LANES, scores)
-            _transposed_product(v_left, dout_across, size, deep, LANES, products)
+            transposed_product(k_left, q_across, size, deep, LANES, scores)
+            transposed_product(v_left, dout_across, size, deep, LANES, products)
         for i in range(whole, tokens):
             _gather(scores, i - whole, size, -np.inf, row)
             _gather(products, i - whole, size, 0.0, drow)
             m1, total, mean = tops[head * tokens + i], splat(0.0, scores), splat(0.0, scores)
             for j in range(0, size, LANES):
-                e = _weight(row, j, scale, m1)
+                e = weight_of(row, j, scale, m1)
                 store(row, j, e)
                 total, mean = total + e, fma(e, load(drow, j), mean)
             share1 = np.float32(1) / total_of(total)

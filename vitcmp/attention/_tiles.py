@@ -19,6 +19,7 @@ from vitcmp.attention._simd import (
     INLINED,
     LANES,
     add_product,
+    load,
     load_part,
     pair,
     spread,
@@ -26,6 +27,7 @@ from vitcmp.attention._simd import (
     store_transposed,
     to_bf16,
     vector_at,
+    write,
 )  # fmt: skip  # isort: skip
 
 TILE = 8
@@ -210,3 +212,40 @@ def multiply_panel(a, at, row, panels, c, columns, n, out, place, width):  # typ
         multiply_two(a, at, row, 1, panels, c * n, PANEL, n, out, place, width)
     else:
         multiply(a, at, row, 1, panels, c * n, LANES, n, out, place, width)
+
+
+@inner
+def pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
+    """A head's [N, K] as a product's left operand: rows side by side. What follows the last row is overwritten."""
+    deep = up(width, pair_size(x))
+    for i in range(tokens):
+        for c in range(0, width, LANES):
+            store(out, i * deep + c, load_part(x, at + i * line + c, width - c, 0))
+
+
+@inner(forceinline=True)
+def multiply_lanes(a, at, row, step, b, lanes, n, out, place):  # type: ignore[no-untyped-def]
+    """TILE rows of a times b, [n, lanes], with LANES or PANEL lanes."""
+    if lanes == PANEL:
+        multiply_two(a, at, row, step, b, 0, PANEL, n, out, place, PANEL)
+    else:
+        multiply(a, at, row, step, b, 0, LANES, n, out, place, LANES)
+
+
+@inner
+def transposed_product(a, b, size, deep, lanes, out):  # type: ignore[no-untyped-def]
+    """out [M, lanes] = all keys' rows of a, times the queries' columns of b; -inf for a key that makes M even."""
+    for j in range(0, size, TILE):
+        multiply_lanes(a, j * deep, deep, 1, b, lanes, deep, out, j * lanes)
+    if size % 2:
+        out[size * lanes : (size + 1) * lanes] = -np.inf
+
+
+@inner
+def write_across(mixed, lanes, turned, factors, out, at, line, few, width):  # type: ignore[no-untyped-def]
+    """Rows of `out` from columns of `mixed`, [K, lanes], times each one's factor; `turned` is room for LANES rows."""
+    for v in range(0, few, LANES):
+        for c in range(0, width, LANES):
+            store_transposed(turned, 0, LANES, mixed, c * lanes + v, lanes, LANES, LANES)
+            for u in range(min(LANES, few - v)):
+                write(out, at + (v + u) * line + c, width - c, load(turned, u * LANES) * factors[v + u])

@@ -6,8 +6,9 @@
 (Ye et al., 2025, equations 1 to 3). The halves of each head's q and k make its two maps; its v keeps the full width, so
 a head here is one of the paper's heads of d = K/2, and has the multiply-adds of a softmax head. The heads of a layer
 share lambda and the weight of the norm; `index` counts layers from 0. Rows of A sum to 1 - lambda, and entries may be
-negative. With attention dropout each map drops weights of its own. No map exists as a whole: on CUDA each is a call of
-torch's fused attention; elsewhere both are computed a block of queries at a time, and meet the values once.
+negative. With attention dropout each map drops weights of its own. On the CPU a compiled kernel mixes the maps, a few
+queries at a time, before they meet the values; elsewhere each map is a softmax attention, so that they meet the values
+apart, for half as many multiply-adds again.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
-from vitcmp.attention._blockwise import attend
+from vitcmp.attention._differential import attend
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+from vitcmp.attention.softmax import SoftmaxAttention, can_compile, stays_in_cache
 
 PAPER = "https://arxiv.org/abs/2410.05258"
 COST = "O(N^2 K)"
@@ -38,7 +39,9 @@ class DifferentialAttention(nn.Module):
 
     def __init__(self, head_dim: int, lambda_init: float, dropout: float) -> None:
         super().__init__()
-        self.lambda_init, self.dropout = lambda_init, dropout
+        self.lambda_init = lambda_init
+        self.dropout = dropout  # says that it is known here; `map` applies it
+        self.map = SoftmaxAttention("auto", dropout)
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
             nn.Parameter(torch.empty(head_dim // 2)) for _ in range(4)
         )
@@ -51,14 +54,13 @@ class DifferentialAttention(nn.Module):
             vector.data.copy_(0.1 * torch.randn(vector.shape, generator=generator))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        if not q.is_cuda:
-            return attend(q, k, v, share=self._lambda(), dropout=dropout)
+        share = self._lambda()
+        if can_compile(q, k, v, self.dropout if self.training else 0.0) and stays_in_cache(k):
+            return attend(q, k, v, share)[0]
         first, second = (
-            wide(F.scaled_dot_product_attention(qm, km, v, dropout_p=dropout))
-            for qm, km in zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
+            wide(self.map(qm, km, v)) for qm, km in zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
         )
-        return (first - self._lambda() * second).to(v.dtype)
+        return (first - share * second).to(v.dtype)
 
     def _lambda(self) -> Tensor:
         q1, k1, q2, k2 = map(wide, (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))

@@ -16,8 +16,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
-from vitcmp.attention._blockwise import attend
 from vitcmp.attention._multihead import LayerConfig, MultiHead
+from vitcmp.attention._sigmoid import attend
 
 PAPER = "https://arxiv.org/abs/2409.04431"
 COST = "O(N^2 K)"

@@ -58,6 +58,11 @@ def can_compile(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     return is_plain and fits and not dropout
 
 
+def stays_in_cache(k: Tensor) -> bool:
+    """Whether a core's cache holds the keys of a head."""
+    return k.shape[-2] * k.shape[-1] <= 2**18
+
+
 def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     """A fixed table, so that a run is repeatable; `benchmarks/softmax_forms.py` prints the measurements behind it."""
     if q.device.type != "cpu":
@@ -67,7 +72,7 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
         # Explicit weights are quick in bf16, above all of few queries or keys beside many, and the wider the heads.
         fits = min(queries, keys) >= 1024 if width > 64 else min(queries, keys) >= 64 or max(queries, keys) <= 64
     else:
-        fits = in_bf16 or keys * width <= 2**18  # a head's keys must stay in a core's cache
+        fits = in_bf16 or stays_in_cache(k)
     if fits and width <= 128 and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.

@@ -1,0 +1,196 @@
+"""Differential attention on the CPU, compiled by numba: both maps of a head are mixed in a core's cache.
+
+Memory, lanes and number formats are as in `_softmax_cpu`; a head's q and k hold two maps of `half` numbers a token side
+by side. The maps meet the values once, as one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vitcmp.attention._kernels import in_parts, inner, kernel
+from vitcmp.attention._simd import LANES, fma, larger, load, load_part, splat, store, store_part, write
+from vitcmp.attention._softmax_cpu import block_of, place_of, weight_of
+from vitcmp.attention._tiles import (
+    TILE,
+    multiply_lanes,
+    multiply_onto,
+    pack_along,
+    pack_lanes,
+    pack_left,
+    pair_size,
+    rounded,
+    store_joined,
+    transposed_product,
+    up,
+    words,
+    write_across,
+)  # fmt: skip  # isort: skip
+
+
+@inner
+def _forward(q, k, v, share, out, tops, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
+    """Outputs of the heads from `first` to `last`, and the maxima of both maps' scaled scores, [2, heads N]."""
+    p, half = pair_size(q), width // 2
+    scale = np.float32(half**-0.5 / math.log(2))
+    wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
+    deep, block = up(half, p) // p, block_of(size, p)
+    keys, y = np.zeros((2, rows * deep * p + LANES), q.dtype), words(np.zeros(rows * wide, q.dtype))
+    queries, x = words(np.empty(block * deep * p, q.dtype)), words(np.empty(n * block, q.dtype))
+    scores, mixed = np.empty((2, (rows + TILE) * block), np.float32), np.empty(wide * block, np.float32)
+    s1, s2, every = scores[0], scores[1], len(tops) // 2
+    turned, ones = np.empty(LANES * LANES, np.float32), np.ones(block, np.float32)
+    for head in range(first, last):
+        at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
+        at_v, at = place_of(lines, 2, heads, head), place_of(lines, 3, heads, head)
+        for m in range(2):
+            pack_left(k, at_k + m * half, lines[1, 2], size, half, keys[m])
+        pack_along(v, at_v, lines[2, 2], size, width, y)
+        for i in range(0, tokens, block):
+            few = min(block, tokens - i)
+            lanes = up(few, LANES)
+            for m in range(2):
+                pack_lanes(q, at_q + i * lines[0, 2] + m * half, lines[0, 2], few, half, lanes, queries)
+                transposed_product(words(keys[m]), queries, size, deep, lanes, scores[m])
+            for c in range(0, lanes, LANES):
+                top1, top2 = splat(-np.inf, s1), splat(-np.inf, s1)
+                for j in range(c, size * lanes, lanes):
+                    top1, top2 = larger(top1, load(s1, j)), larger(top2, load(s2, j))
+                top1, top2, total1, total2 = top1 * scale, top2 * scale, splat(0.0, s1), splat(0.0, s1)
+                for j in range(c, n * lanes, lanes):
+                    e1, e2 = weight_of(s1, j, scale, top1), weight_of(s2, j, scale, top2)
+                    total1, total2 = total1 + e1, total2 + e2
+                    store(s1, j, e1)
+                    store(s2, j, e2)
+                share1, share2 = 1.0 / total1, share[0] / total2
+                for j in range(0, n * lanes, 2 * lanes):
+                    e = load(s1, j + c) * share1 - load(s2, j + c) * share2
+                    e2 = load(s1, j + c + lanes) * share1 - load(s2, j + c + lanes) * share2
+                    store_joined(x, j // p + c, lanes, e, e2)
+                store_part(tops, head * tokens + i + c, few - c, top1)
+                store_part(tops, every + head * tokens + i + c, few - c, top2)
+            for r in range(0, width, TILE):
+                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes)
+            write_across(mixed, lanes, turned, ones, out, at + i * lines[3, 2], lines[3, 2], few, width)
+
+
+@kernel
+def forward(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_forward, team, args)
+
+
+@inner
+def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
+    """Gradients of q, k and v for the heads from `first` to `last`: with the maps P_1 and P_2 and dP = dout v^T,
+
+    dv = (P_1 - share P_2)^T dout,  dS_m = P_m (dP - sum(P_m dP)), of which the second counts -share times,
+    dq_m = scale dS_m k_m,  dk_m = scale dS_m^T q_m,  and dshare = -sum(P_2 dP) of each query, [heads N].
+    """
+    p, half = pair_size(q), width // 2
+    factor, scale = np.float32(half**-0.5), np.float32(half**-0.5 / math.log(2))
+    wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
+    narrow, block = up(half, LANES), block_of(size, p)
+    deep, whole = up(half, p) // p, up(width, p) // p
+    keys, k_along = np.zeros((2, rows * deep * p + LANES), q.dtype), np.zeros((2, rows * narrow), q.dtype)
+    values = np.zeros(rows * whole * p + LANES, q.dtype)
+    queries, q_along = words(np.empty(block * deep * p, q.dtype)), np.empty((2, block * narrow), q.dtype)
+    upstream, dout_along = words(np.empty(block * whole * p, q.dtype)), np.empty(block * wide, q.dtype)
+    # Of all keys and a block of queries: the weights and the gradients of both maps' scores, these also with keys in
+    # pairs.
+    weights, ds = np.empty(rows * block, q.dtype), np.empty((2, rows * block), q.dtype)
+    ds_pairs = np.empty((2, rows * block), q.dtype)
+    ds1, ds2, pairs1, pairs2 = ds[0], ds[1], words(ds_pairs[0]), words(ds_pairs[1])
+    scores, products = np.empty((2, (rows + TILE) * block), np.float32), np.empty((rows + TILE) * block, np.float32)
+    s1, s2, every = scores[0], scores[1], len(tops) // 2
+    dkeys, dvalues = np.empty((2, rows * narrow), np.float32), np.empty(rows * wide, np.float32)
+    mixed, turned = np.empty(narrow * block, np.float32), np.empty(LANES * LANES, np.float32)
+    factors = np.full(block, factor)
+    for head in range(first, last):
+        at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
+        at_v, at_out = place_of(lines, 2, heads, head), place_of(lines, 3, heads, head)
+        at_dq, at_dk, at_dv = (
+            place_of(lines, 4, heads, head), place_of(lines, 5, heads, head), place_of(lines, 6, heads, head)
+        )  # fmt: skip
+        for m in range(2):
+            pack_left(k, at_k + m * half, lines[1, 2], size, half, keys[m])
+            pack_along(k, at_k + m * half, lines[1, 2], size, half, words(k_along[m]))
+        pack_left(v, at_v, lines[2, 2], size, width, values)
+        dkeys[:] = 0
+        dvalues[:] = 0
+        for i in range(0, tokens, block):
+            few = min(block, tokens - i)
+            lanes = up(few, LANES)
+            if few < lanes:
+                # Of queries that are not there, no numbers.
+                q_along[:] = 0
+                dout_along[:] = 0
+            for m in range(2):
+                at = at_q + i * lines[0, 2] + m * half
+                pack_lanes(q, at, lines[0, 2], few, half, lanes, queries)
+                pack_along(q, at, lines[0, 2], few, half, words(q_along[m]))
+                transposed_product(words(keys[m]), queries, size, deep, lanes, scores[m])
+            at = at_out + i * lines[3, 2]
+            pack_lanes(dout, at, lines[3, 2], few, width, lanes, upstream)
+            pack_along(dout, at, lines[3, 2], few, width, words(dout_along))
+            transposed_product(words(values), upstream, size, whole, lanes, products)
+            if size % 2:
+                products[size * lanes : (size + 1) * lanes] = 0
+            for c in range(0, lanes, LANES):
+                # Weights of queries that are not there must be finite, to come to nothing.
+                query, there = head * tokens + i + c, few - c
+                top1, top2 = load_part(tops, query, there, np.inf), load_part(tops, every + query, there, np.inf)
+                zero = splat(0.0, s1)
+                total1, total2, mean1, mean2 = zero, zero, zero, zero
+                for j in range(c, n * lanes, lanes):
+                    e1, e2, d = weight_of(s1, j, scale, top1), weight_of(s2, j, scale, top2), load(products, j)
+                    store(s1, j, e1)
+                    store(s2, j, e2)
+                    total1, total2 = total1 + e1, total2 + e2
+                    mean1, mean2 = fma(e1, d, mean1), fma(e2, d, mean2)
+                part1, part2 = 1.0 / total1, 1.0 / total2
+                mean1, mean2 = mean1 * part1, mean2 * part2
+                store_part(dshare, query, there, 0.0 - mean2)
+                part2 = part2 * share[0]
+                for j in range(c, n * lanes, 2 * lanes):
+                    j2, at = j + lanes, (j - c) // p + c
+                    d, d2 = load(products, j), load(products, j2)
+                    e, e2 = load(s1, j) * part1, load(s1, j2) * part1
+                    f, f2 = load(s2, j) * part2, load(s2, j2) * part2
+                    store(weights, j, rounded(e - f, weights))
+                    store(weights, j2, rounded(e2 - f2, weights))
+                    e, e2 = e * (d - mean1), e2 * (d2 - mean1)
+                    store(ds1, j, rounded(e, ds1))
+                    store(ds1, j2, rounded(e2, ds1))
+                    store_joined(pairs1, at, lanes, e, e2)
+                    f, f2 = f * (mean2 - d), f2 * (mean2 - d2)
+                    store(ds2, j, rounded(f, ds2))
+                    store(ds2, j2, rounded(f2, ds2))
+                    store_joined(pairs2, at, lanes, f, f2)
+            line = lanes // p
+            for m in range(2):
+                for r in range(0, half, TILE):
+                    multiply_lanes(words(k_along[m]), r, 1, narrow, words(ds_pairs[m]), lanes, n // p, mixed, r * lanes)
+                at = at_dq + i * lines[4, 2] + m * half
+                write_across(mixed, lanes, turned, factors, dq, at, lines[4, 2], few, half)
+                for c in range(0, narrow, LANES):
+                    for j in range(0, size, TILE):
+                        multiply_onto(words(ds[m]), j * line, line, 1, words(q_along[m]), c, narrow, line, dkeys[m],
+                                      j * narrow + c, narrow)  # fmt: skip
+            for c in range(0, wide, LANES):
+                for j in range(0, size, TILE):
+                    multiply_onto(words(weights), j * line, line, 1, words(dout_along), c, wide, line, dvalues,
+                                  j * wide + c, wide)  # fmt: skip
+        for j in range(size):
+            for c in range(0, wide, LANES):
+                write(dv, at_dv + j * lines[6, 2] + c, width - c, load(dvalues, j * wide + c))
+            for m in range(2):
+                for c in range(0, narrow, LANES):
+                    at = at_dk + j * lines[5, 2] + m * half + c
+                    write(dk, at, half - c, load(dkeys[m], j * narrow + c) * factor)
+
+
+@kernel
+def backward(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_backward, team, args)
