@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import DIM, HEADS, WIDTH, Case, make_block, make_layer, make_qkv, merge_heads, project, relative
-from test_softmax import strided
+from test_softmax import strided, with_gradients
 from torch import Tensor
 
 import vitcmp
@@ -101,12 +100,6 @@ def test_differential_refuses_an_odd_head() -> None:
         attention.load("differential").build(make_layer(dim=10))
 
 
-def with_gradients(attend: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = attend(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
 def kernel(*inputs: Tensor) -> Tensor:
     return attend(*inputs)[0]
 
@@ -116,8 +109,8 @@ def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
         *qkv, dout = strided(2, 3, tokens, width, dtype)
         inputs = [*qkv, torch.tensor(0.3)]
-        exact = with_gradients(attend_at_once, [x.double() for x in inputs], dout.double())
-        for ours, wanted, x in zip(with_gradients(kernel, inputs, dout), exact, (dout, *inputs), strict=True):
+        exact = with_gradients(attend_at_once, *(x.double() for x in (*inputs, dout)))
+        for ours, wanted, x in zip(with_gradients(kernel, *inputs, dout), exact, (dout, *inputs), strict=True):
             assert ours.dtype == x.dtype
             # One token's scores have no gradient.
             assert (ours - wanted).norm() <= tolerance * max(float(wanted.norm()), 1.0)
@@ -161,8 +154,8 @@ def test_the_compiler_takes_it_whole() -> None:
 def test_maps_of_a_kernel_equal_maps_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     core = make_block("differential").core
     q, k, v, dout = strided(2, HEADS, 33, WIDTH, torch.float32)
-    found = with_gradients(core, [q, k, v], dout)
+    found = with_gradients(core, q, k, v, dout)
     monkeypatch.setattr(differential, "stays_in_cache", lambda k: False)
-    for ours, wanted in zip(found, with_gradients(core, [q, k, v], dout), strict=True):
+    for ours, wanted in zip(found, with_gradients(core, q, k, v, dout), strict=True):
         assert not torch.equal(ours, wanted)  # another form indeed
         assert relative(ours, wanted) < 1e-6

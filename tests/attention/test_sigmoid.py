@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, make_block, make_layer, make_qkv, relative
-from test_softmax import softmax_twin
+from test_softmax import softmax_twin, strided, with_gradients
 from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import AttentionError, attention_map
+from vitcmp.attention._blockwise import attend_at_once
+from vitcmp.attention._sigmoid import attend
 
 
 def sigmoid_twin(core: Any, q: Tensor, k: Tensor, v: Tensor, bias: float | None = None) -> Tensor:
@@ -64,3 +66,45 @@ def test_a_bias_is_a_number_or_auto() -> None:
     assert attention.load("sigmoid:bias=-2").spec == "sigmoid:bias=-2.0"
     with pytest.raises(AttentionError, match="sigmoid: bias=low"):
         attention.load("sigmoid:bias=low")
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (5, 3), (16, 16), (33, 7), (65, 12), (100, 64), (257, 16)])
+def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
+        inputs = strided(2, 3, tokens, width, dtype)
+        exact = with_gradients(lambda *x: attend_at_once(*x, -1.0), *(x.double() for x in inputs))
+        for ours, wanted in zip(with_gradients(lambda *x: attend(*x, -1.0), *inputs), exact, strict=True):
+            assert ours.dtype == dtype
+            assert relative(ours, wanted) < tolerance
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e4])
+def test_scores_of_any_size(scale: float) -> None:
+    q, k, v, dout = strided(1, 2, 20, 8, torch.float32)
+    inputs = q * scale, k, v, dout
+    exact = with_gradients(lambda *x: attend_at_once(*x, -1.0), *(x.double() for x in inputs))
+    of_torch = with_gradients(lambda *x: attend_at_once(*x, -1.0), *inputs)
+    found = with_gradients(lambda *x: attend(*x, -1.0), *inputs)
+    for ours, theirs, wanted in zip(found, of_torch, exact, strict=True):
+        assert (ours - wanted).norm() < 3 * (theirs - wanted).norm() + 1e-6 * dout.norm()
+
+
+def test_a_bad_query_spoils_its_own_row_alone() -> None:
+    q, k, v, _ = (x.detach() for x in strided(1, 2, 20, 8, torch.float32))
+    fine = attend(q, k, v, -1.0)
+    q = q.clone()
+    q[0, 1, 3, 2] = math.nan
+    found = attend(q, k, v, -1.0)
+    assert found[0, 1, 3].isnan().all()
+    found[0, 1, 3] = fine[0, 1, 3]
+    assert torch.equal(found, fine)
+
+
+def test_gradients_of_gradients() -> None:
+    leaves = [x.detach().requires_grad_() for x in strided(1, 2, 9, 4, torch.float32)[:3]]
+    found = []
+    for form in (attend, attend_at_once):
+        (dq,) = torch.autograd.grad(form(*leaves, -1.0).square().sum(), leaves[0], create_graph=True)
+        found.append(torch.autograd.grad(dq.square().sum(), leaves))
+    for ours, wanted in zip(*found, strict=True):
+        assert relative(ours, wanted) < 1e-4

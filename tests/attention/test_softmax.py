@@ -59,9 +59,9 @@ def test_the_kernels_take_any_number_of_keys() -> None:
             assert (ours - wanted).norm() <= 1e-6 * max(float(wanted.norm()), 1.0)
 
 
-def with_gradients(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = attend(*inputs)
+def with_gradients(attend: Callable[..., Tensor], *inputs_and_upstream: Tensor) -> list[Tensor]:
+    *inputs, dout = (x.detach() for x in inputs_and_upstream)
+    out = attend(*(x.requires_grad_() for x in inputs))
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
 
 

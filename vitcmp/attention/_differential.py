@@ -5,15 +5,13 @@ For the CPU, in fp32 and bf16. Backward, the maps are computed again, and the gr
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._operators import differentiable, memory, operator
-from vitcmp.attention._softmax import empty_like, lines_of, num_threads, side_by_side, sizes
+from vitcmp.attention._softmax import empty_like, lines_of, num_threads, register_flops, side_by_side, sizes
 from vitcmp.attention._threads import share_out
 
 
@@ -35,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, share: Tensor) -> tuple[Tensor, Tens
     q, k, v = (side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v, share)
     arrays = *map(memory, (q, k, v, share, out, tops)), lines_of(q, k, v, out), *sizes(q, k)
-    share_out(cpu.forward, tops.shape[1], num_threads(tops[0], k.shape[2]), *arrays)
+    share_out(cpu.forward, tops.shape[1], num_threads(q, k), *arrays)
     return out, tops
 
 
@@ -53,7 +51,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, share: Tensor, tops
     gradients, dshare = [empty_like(x) for x in (q, k, v)], torch.empty_like(tops[0])
     arrays = map(memory, (q, k, v, share, dout, tops, *gradients, dshare))
     lines = lines_of(q, k, v, dout, *gradients)
-    share_out(cpu.backward, len(dshare), num_threads(dshare, k.shape[2]), *arrays, lines, *sizes(q, k))
+    share_out(cpu.backward, len(dshare), num_threads(q, k), *arrays, lines, *sizes(q, k))
     return [*gradients, dshare.sum()]
 
 
@@ -77,15 +75,4 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Ten
 
 
 attend.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.vitcmp.differential_attention)
-def _flops(q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Scores and outputs."""
-    return 4 * math.prod(q_shape) * k_shape[2]
-
-
-@register_flop_formula(torch.ops.vitcmp.differential_attention_backward)
-def _backward_flops(dout_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
-    """Scores again, and four products."""
-    return 10 * math.prod(q_shape) * k_shape[2]
+register_flops("differential_attention")

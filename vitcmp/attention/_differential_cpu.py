@@ -11,22 +11,24 @@ import math
 import numpy as np
 
 from vitcmp.attention._kernels import in_parts, inner, kernel
-from vitcmp.attention._simd import LANES, fma, larger, load, load_part, splat, store, store_part, write
+from vitcmp.attention._simd import LANES, fma, larger, load, load_part, splat, store, store_part
 from vitcmp.attention._softmax_cpu import block_of, place_of, weight_of
 from vitcmp.attention._tiles import (
     TILE,
+    add_outer,
     multiply_lanes,
-    multiply_onto,
     pack_along,
+    pack_both,
     pack_lanes,
     pack_left,
     pair_size,
-    rounded,
     store_joined,
+    store_two,
     transposed_product,
     up,
     words,
     write_across,
+    write_rows,
 )  # fmt: skip  # isort: skip
 
 
@@ -96,7 +98,7 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
     keys, k_along = np.zeros((2, rows * deep * p + LANES), q.dtype), np.zeros((2, rows * narrow), q.dtype)
     values = np.zeros(rows * whole * p + LANES, q.dtype)
     queries, q_along = words(np.empty(block * deep * p, q.dtype)), np.empty((2, block * narrow), q.dtype)
-    upstream, dout_along = words(np.empty(block * whole * p, q.dtype)), np.empty(block * wide, q.dtype)
+    upstream, dout_along = words(np.empty(block * whole * p, q.dtype)), words(np.empty(block * wide, q.dtype))
     # Of all keys and a block of queries: the weights and the gradients of both maps' scores, these also with keys in
     # pairs.
     weights, ds = np.empty(rows * block, q.dtype), np.empty((2, rows * block), q.dtype)
@@ -122,18 +124,11 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
         for i in range(0, tokens, block):
             few = min(block, tokens - i)
             lanes = up(few, LANES)
-            if few < lanes:
-                # Of queries that are not there, no numbers.
-                q_along[:] = 0
-                dout_along[:] = 0
             for m in range(2):
                 at = at_q + i * lines[0, 2] + m * half
-                pack_lanes(q, at, lines[0, 2], few, half, lanes, queries)
-                pack_along(q, at, lines[0, 2], few, half, words(q_along[m]))
+                pack_both(q, at, lines[0, 2], few, half, lanes, queries, words(q_along[m]))
                 transposed_product(words(keys[m]), queries, size, deep, lanes, scores[m])
-            at = at_out + i * lines[3, 2]
-            pack_lanes(dout, at, lines[3, 2], few, width, lanes, upstream)
-            pack_along(dout, at, lines[3, 2], few, width, words(dout_along))
+            pack_both(dout, at_out + i * lines[3, 2], lines[3, 2], few, width, lanes, upstream, dout_along)
             transposed_product(words(values), upstream, size, whole, lanes, products)
             if size % 2:
                 products[size * lanes : (size + 1) * lanes] = 0
@@ -158,37 +153,23 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
                     d, d2 = load(products, j), load(products, j2)
                     e, e2 = load(s1, j) * part1, load(s1, j2) * part1
                     f, f2 = load(s2, j) * part2, load(s2, j2) * part2
-                    store(weights, j, rounded(e - f, weights))
-                    store(weights, j2, rounded(e2 - f2, weights))
+                    store_two(weights, j, j2, e - f, e2 - f2)
                     e, e2 = e * (d - mean1), e2 * (d2 - mean1)
-                    store(ds1, j, rounded(e, ds1))
-                    store(ds1, j2, rounded(e2, ds1))
+                    store_two(ds1, j, j2, e, e2)
                     store_joined(pairs1, at, lanes, e, e2)
                     f, f2 = f * (mean2 - d), f2 * (mean2 - d2)
-                    store(ds2, j, rounded(f, ds2))
-                    store(ds2, j2, rounded(f2, ds2))
+                    store_two(ds2, j, j2, f, f2)
                     store_joined(pairs2, at, lanes, f, f2)
-            line = lanes // p
             for m in range(2):
                 for r in range(0, half, TILE):
                     multiply_lanes(words(k_along[m]), r, 1, narrow, words(ds_pairs[m]), lanes, n // p, mixed, r * lanes)
                 at = at_dq + i * lines[4, 2] + m * half
                 write_across(mixed, lanes, turned, factors, dq, at, lines[4, 2], few, half)
-                for c in range(0, narrow, LANES):
-                    for j in range(0, size, TILE):
-                        multiply_onto(words(ds[m]), j * line, line, 1, words(q_along[m]), c, narrow, line, dkeys[m],
-                                      j * narrow + c, narrow)  # fmt: skip
-            for c in range(0, wide, LANES):
-                for j in range(0, size, TILE):
-                    multiply_onto(words(weights), j * line, line, 1, words(dout_along), c, wide, line, dvalues,
-                                  j * wide + c, wide)  # fmt: skip
-        for j in range(size):
-            for c in range(0, wide, LANES):
-                write(dv, at_dv + j * lines[6, 2] + c, width - c, load(dvalues, j * wide + c))
-            for m in range(2):
-                for c in range(0, narrow, LANES):
-                    at = at_dk + j * lines[5, 2] + m * half + c
-                    write(dk, at, half - c, load(dkeys[m], j * narrow + c) * factor)
+                add_outer(words(ds[m]), lanes // p, words(q_along[m]), narrow, size, dkeys[m])
+            add_outer(words(weights), lanes // p, dout_along, wide, size, dvalues)
+        for m in range(2):
+            write_rows(dkeys[m], factor, dk, at_dk + m * half, lines[5, 2], size, half)
+        write_rows(dvalues, np.float32(1), dv, at_dv, lines[6, 2], size, width)
 
 
 @kernel

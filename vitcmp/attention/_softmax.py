@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v)
     arrays = *map(memory, (q, k, v, out, tops)), lines_of(q, k, v, out), *sizes(q, k)
-    share_out(cpu.forward, len(tops), num_threads(tops, k.shape[2]), *arrays)
+    share_out(cpu.forward, len(tops), num_threads(q, k), *arrays)
     return out, tops
 
 
@@ -51,7 +51,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> li
     q, k, v, dout = inputs = [side_by_side(x) for x in (q, k, v, dout)]
     gradients = [empty_like(x) for x in (q, k, v)]
     arrays = *map(memory, (*inputs, tops, *gradients)), lines_of(*inputs, *gradients), *sizes(q, k)
-    share_out(cpu.backward, len(tops), num_threads(tops, k.shape[2]), *arrays)
+    share_out(cpu.backward, len(tops), num_threads(q, k), *arrays)
     return gradients
 
 
@@ -77,16 +77,19 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Ten
 attend.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.vitcmp.softmax_attention)
-def _flops(q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Scores and outputs."""
-    return 4 * math.prod(q_shape) * k_shape[2]
+def register_flops(name: str) -> None:
+    """Counts an operator and its backward: scores and outputs; scores again, and four products."""
+
+    @register_flop_formula(getattr(torch.ops.vitcmp, name))
+    def forward(q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 4 * math.prod(q_shape) * k_shape[2]
+
+    @register_flop_formula(getattr(torch.ops.vitcmp, f"{name}_backward"))
+    def backward(dout_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
+        return 10 * math.prod(q_shape) * k_shape[2]
 
 
-@register_flop_formula(torch.ops.vitcmp.softmax_attention_backward)
-def _backward_flops(dout_shape: Any, q_shape: Any, k_shape: Any, *args: Any, out_shape: Any = None, **_: Any) -> int:
-    """Scores again, and four products."""
-    return 10 * math.prod(q_shape) * k_shape[2]
+register_flops("softmax_attention")
 
 
 def side_by_side(x: Tensor) -> Tensor:
@@ -110,5 +113,6 @@ def lines_of(*tensors: Tensor) -> np.ndarray:
     return np.array([x.stride()[:3] for x in tensors])
 
 
-def num_threads(tops: Tensor, keys: int) -> int:
-    return min(torch.get_num_threads(), len(tops), max(1, tops.numel() * keys // MIN_SCORES))
+def num_threads(q: Tensor, k: Tensor) -> int:
+    heads = q.shape[0] * q.shape[1]
+    return min(torch.get_num_threads(), heads, max(1, heads * q.shape[2] * k.shape[2] // MIN_SCORES))

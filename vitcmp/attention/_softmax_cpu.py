@@ -33,18 +33,20 @@ from vitcmp.attention._simd import (
 from vitcmp.attention._tiles import (
     PANEL,
     TILE,
+    add_outer,
     multiply_lanes,
-    multiply_onto,
     pack_along,
+    pack_both,
     pack_lanes,
     pack_left,
     pair_size,
-    rounded,
     store_joined,
+    store_two,
     transposed_product,
     up,
     words,
     write_across,
+    write_rows,
 )  # fmt: skip  # isort: skip
 
 MAX_LEFT_OVER = 2
@@ -194,15 +196,10 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
             few = min(block, whole - i)
             lanes = up(few, LANES)
             x, upstream = at_q + i * lines[0, 2], at_out + i * lines[3, 2]
-            pack_lanes(q, x, lines[0, 2], few, width, lanes, q_across)
-            pack_lanes(dout, upstream, lines[3, 2], few, width, lanes, dout_across)
+            pack_both(q, x, lines[0, 2], few, width, lanes, q_across, q_along)
+            pack_both(dout, upstream, lines[3, 2], few, width, lanes, dout_across, dout_along)
             transposed_product(k_left, q_across, size, deep, lanes, scores)
             transposed_product(v_left, dout_across, size, deep, lanes, products)
-            # Of queries that are not there, no numbers.
-            if few < lanes:
-                along[:] = 0
-            pack_along(q, x, lines[0, 2], few, width, q_along)
-            pack_along(dout, upstream, lines[3, 2], few, width, dout_along)
             if size % 2:
                 products[size * lanes : (size + 1) * lanes] = 0
             for c in range(0, lanes, LANES):
@@ -220,21 +217,15 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                 for first_of_pair in range(0, n * lanes, 2 * lanes):
                     j = first_of_pair + c
                     e, e2 = load(scores, j) * share, load(scores, j + lanes) * share
-                    store(weights, j, rounded(e, weights))
-                    store(weights, j + lanes, rounded(e2, weights))
+                    store_two(weights, j, j + lanes, e, e2)
                     e, e2 = e * (load(products, j) - mean), e2 * (load(products, j + lanes) - mean)
-                    store(ds, j, rounded(e, ds))
-                    store(ds, j + lanes, rounded(e2, ds))
+                    store_two(ds, j, j + lanes, e, e2)
                     store_joined(ds_pairs, first_of_pair // p + c, lanes, e, e2)
             for r in range(0, width, TILE):
                 multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes)
             write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)
-            line = lanes // p
-            for c in range(0, wide, LANES):
-                for j in range(0, size, TILE):
-                    at = j * wide + c
-                    multiply_onto(weights_left, j * line, line, 1, dout_along, c, wide, line, dvalues, at, wide)
-                    multiply_onto(ds_left, j * line, line, 1, q_along, c, wide, line, dkeys, at, wide)
+            add_outer(weights_left, lanes // p, dout_along, wide, size, dvalues)
+            add_outer(ds_left, lanes // p, q_along, wide, size, dkeys)
         if whole < tokens:
             x, upstream, few = at_q + whole * lines[0, 2], at_out + whole * lines[3, 2], tokens - whole
             pack_lanes(q, x, lines[0, 2], few, width, LANES, q_across)
@@ -266,10 +257,8 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                     at = j * wide + c
                     store(dkeys, at, fma(query, drow[j], load(dkeys, at)))
                     store(dvalues, at, fma(gradient, row[j], load(dvalues, at)))
-        for j in range(size):
-            for c in range(0, wide, LANES):
-                write(dk, at_dk + j * lines[5, 2] + c, width - c, load(dkeys, j * wide + c) * factor)
-                write(dv, at_dv + j * lines[6, 2] + c, width - c, load(dvalues, j * wide + c))
+        write_rows(dkeys, factor, dk, at_dk, lines[5, 2], size, width)
+        write_rows(dvalues, np.float32(1), dv, at_dv, lines[6, 2], size, width)
 
 
 @kernel

@@ -98,6 +98,13 @@ def up(n, multiple):  # type: ignore[no-untyped-def]
     return (n + multiple - 1) // multiple * multiple
 
 
+@inner(forceinline=True)
+def store_two(out, place, place2, first, second):  # type: ignore[no-untyped-def]
+    """Two vectors of fp32 in the number format of `out`."""
+    store(out, place, rounded(first, out))
+    store(out, place2, rounded(second, out))
+
+
 def _tile(vectors: int, adds: bool) -> Any:
     @intrinsic
     def multiply(typing, a, at, row, step, b, there, line, n, out, place, width):  # type: ignore[no-untyped-def]
@@ -249,3 +256,29 @@ def write_across(mixed, lanes, turned, factors, out, at, line, few, width):  # t
             store_transposed(turned, 0, LANES, mixed, c * lanes + v, lanes, LANES, LANES)
             for u in range(min(LANES, few - v)):
                 write(out, at + (v + u) * line + c, width - c, load(turned, u * LANES) * factors[v + u])
+
+
+@inner
+def pack_both(x, at, line, few, width, lanes, across, along):  # type: ignore[no-untyped-def]
+    """Rows of a head as `pack_lanes` has them and as `pack_along` has: there, lanes without a row hold no numbers."""
+    pack_lanes(x, at, line, few, width, lanes, across)
+    if few < lanes:
+        along[:] = 0
+    pack_along(x, at, line, few, width, along)
+
+
+@inner
+def add_outer(left, line, along, wide, size, out):  # type: ignore[no-untyped-def]
+    """out [M, wide] += all keys' rows of left, [M, line], times the queries of `along`."""
+    for c in range(0, wide, LANES):
+        for j in range(0, size, TILE):
+            multiply_onto(left, j * line, line, 1, along, c, wide, line, out, j * wide + c, wide)
+
+
+@inner
+def write_rows(x, factor, out, at, line, rows, width):  # type: ignore[no-untyped-def]
+    """Rows of a head from x, [rows, width up to whole vectors], times a factor."""
+    wide = up(width, LANES)
+    for j in range(rows):
+        for c in range(0, wide, LANES):
+            write(out, at + j * line + c, width - c, load(x, j * wide + c) * factor)

@@ -15,9 +15,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vitcmp.attention import AttentionError
+from vitcmp.attention import AttentionError, _blockwise
 from vitcmp.attention._multihead import LayerConfig, MultiHead
 from vitcmp.attention._sigmoid import attend
+from vitcmp.attention.softmax import can_compile, stays_in_cache
 
 PAPER = "https://arxiv.org/abs/2409.04431"
 COST = "O(N^2 K)"
@@ -37,7 +38,10 @@ class SigmoidAttention(nn.Module):
         self.bias, self.dropout = bias, dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, bias=self.bias, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if can_compile(q, k, v, dropout) and stays_in_cache(k):
+            return attend(q, k, v, self.bias)
+        return _blockwise.attend(q, k, v, self.bias, dropout)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

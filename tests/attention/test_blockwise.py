@@ -7,8 +7,8 @@ import torch
 from attention_cases import relative
 from torch import Tensor
 
-from vitcmp.attention import _sigmoid
-from vitcmp.attention._sigmoid import attend, attend_at_once
+from vitcmp.attention import _blockwise
+from vitcmp.attention._blockwise import attend, attend_at_once
 
 BIAS = -2.0
 
@@ -17,7 +17,7 @@ BIAS = -2.0
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one head and three queries; the last ones have two."""
     for name, value in {"BLOCK_SCORES": {"cpu": 60}, "MIN_QUERIES": 3, "MIN_TOKENS": 0}.items():
-        monkeypatch.setattr(_sigmoid, name, value)
+        monkeypatch.setattr(_blockwise, name, value)
 
 
 def make_leaves(dtype: torch.dtype = torch.float64, tokens: int = 20) -> list[Tensor]:
@@ -59,6 +59,6 @@ def test_the_compiler_takes_it_whole() -> None:
 
 def test_every_query_is_in_one_block() -> None:
     seen = torch.zeros(7, 20, dtype=torch.int64)
-    for heads, rows in _sigmoid._blocks(torch.empty(7, 20, 4)):
+    for heads, rows in _blockwise._blocks(torch.empty(7, 20, 4)):
         seen[heads, rows] += 1
     assert (seen == 1).all()
