@@ -24,7 +24,8 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, targetconfig
+from numba.core.compiler import compile_internal
 from numba.core.typing.templates import signature
 from numba.extending import intrinsic
 
@@ -55,7 +56,13 @@ def in_parts(typing, work, team, args):  # type: ignore[no-untyped-def]
     of_work = signature(types.none, *args.types, types.intp, types.intp)
 
     def build(context, builder, sig, values):  # type: ignore[no-untyped-def]
-        found = context.compile_subroutine(builder, work.dispatcher.py_func, of_work).fndesc
+        # In the kernel's own library, not in one of its own, which would be optimised and translated apart, for nothing.
+        flags = targetconfig.ConfigStack().top().copy()
+        flags.no_compile = flags.no_cpython_wrapper = True
+        library, function = context.active_code_library, work.dispatcher.py_func
+        found = compile_internal(
+            context.typing_context, context, library, function, of_work.args, of_work.return_type, flags, {}
+        ).fndesc
         address, threads, first, last, size = cgutils.unpack_tuple(builder, values[1], 5)
         # What the threads share: where the next range begins, the end, a range's size, whether one failed, arguments.
         shared = ir.LiteralStructType([place, place, place, count, values[2].type])

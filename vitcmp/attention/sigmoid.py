@@ -4,7 +4,8 @@
 
 The bias makes a row sum to about 1 where scores are near 0, as softmax would; rows are free to sum to more or less
 (Ramapuram et al., 2025, section 2). The norms of queries and keys and the LayerScale with which the paper steadies some
-of its models are no part of the mechanism here. Computed a block of queries at a time, so without an N x N matrix.
+of its models are no part of the mechanism here.
+Weights exist a few queries at a time, so without an N x N matrix.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from vitcmp.attention.softmax import can_compile, stays_in_cache
 
 PAPER = "https://arxiv.org/abs/2409.04431"
 COST = "O(N^2 K)"
+MIN_TOKENS = 32
+"""Below, the kernels' vectors of queries are mostly empty."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class SigmoidAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if can_compile(q, k, v, dropout) and stays_in_cache(k):
+        if q.shape[-2] >= MIN_TOKENS and can_compile(q, k, v, dropout) and stays_in_cache(k):
             return attend(q, k, v, self.bias)
         return _blockwise.attend(q, k, v, self.bias, dropout)
 
