@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
 from vitcmp.attention._multihead import TokenGrid
+from vitcmp.attention.softmax import SoftmaxAttention
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class WindowedPatches(nn.Module):
 
     def __init__(self, grid: TokenGrid, rows: SideTiles, columns: SideTiles, dropout: float) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.softmax = dropout, SoftmaxAttention("auto", dropout)
         prefix, patches = grid.num_prefix_tokens, grid.height * grid.width
         # Every row tile with every column tile: [t, t', a, a'], flattened to [T, A].
         query, key = (
@@ -83,14 +84,17 @@ class WindowedPatches(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """`bias`, [H, A, prefix + B], is added to the scores of every tile."""
-        scores = take(q * q.shape[-1] ** -0.5, self.query) @ take(k, self.key).transpose(-2, -1)  # [B, H, T, A, +B]
+        q, k, v = take(q, self.query), take(k, self.key), take(v, self.key)  # [B, H, T, A, K], [B, H, T, prefix + B, K]
         added = self.mask if bias is None else bias.unsqueeze(1) + (0 if self.mask is None else self.mask)
-        if added is not None:
+        if added is None:
+            answers = self.softmax(*(x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))).view(q.shape)
+        else:
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
             scores = scores + added.to(scores.dtype)
-        # The kernel sums in fp32 whatever its input, so autocast's fp32 copy of the scores buys nothing.
-        with torch.autocast(q.device.type, enabled=False):
-            weights = scores.softmax(dim=-1)
-        answers = F.dropout(weights, self.dropout, self.training) @ take(v, self.key)  # [B, H, T, A, K]
+            # The kernel sums in fp32 whatever its input, so autocast's fp32 copy of the scores buys nothing.
+            with torch.autocast(q.device.type, enabled=False):
+                weights = scores.softmax(dim=-1)
+            answers = F.dropout(weights, self.dropout, self.training) @ v
         return answers.flatten(2, 3).index_select(2, self.answer)
 
 

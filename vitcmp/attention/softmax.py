@@ -72,7 +72,8 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
         # Explicit weights are quick in bf16, above all of few queries or keys beside many, and the wider the heads.
         fits = min(queries, keys) >= 1024 if width > 64 else min(queries, keys) >= 64 or max(queries, keys) <= 64
     else:
-        fits = in_bf16 or stays_in_cache(k)
+        # A vector's lanes are queries: few of them leave it all but empty.
+        fits = in_bf16 or (stays_in_cache(k) and (queries >= 8 or width <= 32))
     if fits and width <= 128 and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.
