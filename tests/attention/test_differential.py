@@ -155,7 +155,7 @@ def test_maps_of_a_kernel_equal_maps_apart(monkeypatch: pytest.MonkeyPatch) -> N
     core = make_block("differential").core
     q, k, v, dout = strided(2, HEADS, 33, WIDTH, torch.float32)
     found = with_gradients(core, q, k, v, dout)
-    monkeypatch.setattr(differential, "stays_in_cache", lambda k: False)
+    monkeypatch.setattr(differential, "can_compile", lambda *_: False)
     for ours, wanted in zip(found, with_gradients(core, q, k, v, dout), strict=True):
         assert not torch.equal(ours, wanted)  # another form indeed
         assert relative(ours, wanted) < 1e-6

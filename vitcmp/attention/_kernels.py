@@ -56,7 +56,7 @@ def in_parts(typing, work, team, args):  # type: ignore[no-untyped-def]
     of_work = signature(types.none, *args.types, types.intp, types.intp)
 
     def build(context, builder, sig, values):  # type: ignore[no-untyped-def]
-        # In the kernel's own library, not in one of its own, which would be optimised and translated apart, for nothing.
+        # In the kernel's own library: one of its own would be optimised and translated apart, for nothing.
         flags = targetconfig.ConfigStack().top().copy()
         flags.no_compile = flags.no_cpython_wrapper = True
         library, function = context.active_code_library, work.dispatcher.py_func

@@ -4,8 +4,7 @@
 
 The bias makes a row sum to about 1 where scores are near 0, as softmax would; rows are free to sum to more or less
 (Ramapuram et al., 2025, section 2). The norms of queries and keys and the LayerScale with which the paper steadies some
-of its models are no part of the mechanism here.
-Weights exist a few queries at a time, so without an N x N matrix.
+of its models are no part of the mechanism here. Weights exist a few queries at a time, so without an N x N matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from vitcmp.attention import AttentionError, _blockwise
 from vitcmp.attention._multihead import LayerConfig, MultiHead
 from vitcmp.attention._sigmoid import attend
-from vitcmp.attention.softmax import can_compile, stays_in_cache
+from vitcmp.attention.softmax import can_compile
 
 PAPER = "https://arxiv.org/abs/2409.04431"
 COST = "O(N^2 K)"
@@ -42,7 +41,7 @@ class SigmoidAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if q.shape[-2] >= MIN_TOKENS and can_compile(q, k, v, dropout) and stays_in_cache(k):
+        if q.shape[-2] >= MIN_TOKENS and can_compile(q, k, v, dropout):
             return attend(q, k, v, self.bias)
         return _blockwise.attend(q, k, v, self.bias, dropout)
 

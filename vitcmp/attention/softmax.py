@@ -58,11 +58,6 @@ def can_compile(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
     return is_plain and fits and not dropout
 
 
-def stays_in_cache(k: Tensor) -> bool:
-    """Whether a core's cache holds the keys of a head."""
-    return k.shape[-2] * k.shape[-1] <= 2**18
-
-
 def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     """A fixed table, so that a run is repeatable; `benchmarks/softmax_forms.py` prints the measurements behind it."""
     if q.device.type != "cpu":
@@ -72,8 +67,8 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
         # Explicit weights are quick in bf16, above all of few queries or keys beside many, and the wider the heads.
         fits = min(queries, keys) >= 1024 if width > 64 else min(queries, keys) >= 64 or max(queries, keys) <= 64
     else:
-        # A vector's lanes are queries: few of them leave it all but empty.
-        fits = in_bf16 or (stays_in_cache(k) and (queries >= 8 or width <= 32))
+        # A head's keys must stay in a core's cache; a vector's lanes are queries, and few of them leave it empty.
+        fits = in_bf16 or (keys * width <= 2**18 and (queries >= 8 or width <= 32))
     if fits and width <= 128 and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.
