@@ -300,8 +300,9 @@ def test_bench_as_json_has_cells(folder: Path):
                         for name in c if name.startswith("latency")}} for c in cells]  # fmt: skip
     (folder / "quicker.json").write_text(json.dumps({"cells": quicker}))
     limits = ["--fail-on", "latency_ms:+400%", "--fail-on", "peak_memory_mib:+400%"]
-    assert vitcmp(*args[1:], "--diff", "old.json", *limits, cwd=folder).returncode == 0
-    broken = vitcmp(*args, "--diff", "quicker.json", *limits, cwd=folder)
+    few = ["16" if arg == "16,17" else arg for arg in args]
+    assert vitcmp(*few[1:], "--diff", "old.json", *limits, cwd=folder).returncode == 0
+    broken = vitcmp(*few, "--diff", "quicker.json", *limits, cwd=folder)
     assert broken.returncode == 3
     changes = json.loads(broken.stdout)["changes"]
     assert {c["metric"]: c["broken"] for c in changes} == {"latency_ms": "latency_ms:+400%", "peak_memory_mib": ""}

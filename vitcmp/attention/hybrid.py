@@ -77,13 +77,13 @@ class HybridAttention(nn.Module):
         shares = self.shares(queries)
         mixed = shares[0] * answers[0]
         for share, answer in zip(shares[1:], answers[1:], strict=True):
-            mixed = mixed + share * answer
+            mixed = torch.addcmul(mixed, share, answer)
         return with_prefix(mixed, q, k, v, self.dropout if self.training else 0.0)
 
-    def shares(self, queries: Tensor) -> Sequence[Tensor | float]:
-        """The weight of each branch, [B, H, P, 1]."""
+    def shares(self, queries: Tensor) -> Sequence[Tensor]:
+        """The weight of each branch, [B, H, P, 1]; without a gate of no dimensions."""
         if self.gate is None:
-            return [1 / len(self.branches)] * len(self.branches)
+            return [queries.new_tensor(1 / len(self.branches))] * len(self.branches)
         logits = queries @ self.gate.transpose(-2, -1)  # [B, H, P, branches]
         with torch.autocast(queries.device.type, enabled=False):
             return logits.softmax(dim=-1).split(1, dim=-1)
