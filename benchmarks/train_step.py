@@ -137,10 +137,14 @@ def with_precision(side: Side, config: RunConfig, precision: str) -> Side:
     return replace(side, precision=precision, micro_batch=size, keep=keep)
 
 
-def choose_sides(config: RunConfig, like_for_like: str | None, compiled: bool, shares: bool) -> dict[str, Side]:
+def choose_sides(
+    config: RunConfig, like_for_like: str | None, precision: str | None, compiled: bool, shares: bool
+) -> dict[str, Side]:
     ours, batch_size = as_run(config), config.train.batch_size
+    if like_for_like or precision:
+        ours = with_precision(ours, config, like_for_like or precision or "")
     if like_for_like:
-        ours = replace(with_precision(ours, config, like_for_like), compiled=compiled)
+        ours = replace(ours, compiled=compiled)
     if shares:
         other = {"bf16": "fp32", "fp32": "bf16"}[ours.precision]
         large = ours.micro_batch == batch_size
@@ -290,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Images a second of a training step, vitcmp against its peers.")
     parser.add_argument("--preset", default="vit-48x4", choices=[n for n in PRESETS if "224" not in n and n[-1] != "x"])
     parser.add_argument("--like-for-like", choices=["fp32", "bf16"], help="the peers get vitcmp's settings")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of vitcmp alone: without native bf16 it is fp32")
     parser.add_argument("--compile", action="store_true", help="like for like, all compiled; else vitcmp compiled too")
     parser.add_argument("--shares", action="store_true", help="vitcmp alone, one setting changed at a time")
     parser.add_argument("--sides", nargs="+", metavar="TEXT", help="vitcmp, and sides whose names contain one of these")
@@ -303,7 +308,7 @@ def main() -> None:
     config = make_config(*settings)
     tokens = (config.model.image_hw[0] // config.model.patch) ** 2 + 1
     steps = args.steps or (4 if tokens < 200 else 1)
-    sides = choose_sides(config, args.like_for_like, args.compile, args.shares)
+    sides = choose_sides(config, args.like_for_like, args.precision, args.compile, args.shares)
     if args.sides:
         sides = {n: s for n, s in sides.items() if n == "vitcmp" or any(text in n for text in args.sides)}
 

@@ -76,7 +76,7 @@ class HeadNorm(nn.Module):
         self.norm = nn.RMSNorm(head_dim, eps=1e-5)
 
     def forward(self, mixed: Tensor, v: Tensor) -> Tensor:
-        return self.norm(mixed) * self.scale
+        return (self.norm(wide(mixed)) * self.scale).to(v.dtype)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:
