@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._multihead import wide
-from vitcmp.attention._operators import differentiable, operator
+from vitcmp.attention._operators import Operator, differentiable, operator
 
 BLOCK_SCORES = {"cpu": 2**20, "cuda": 2**26}
 """Scores of a block: as many as caches hold; on a GPU, as many as keep it busy."""
@@ -98,7 +98,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: float) -> Tensor:
 @operator("vitcmp::blockwise_attention_backward")
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: float) -> list[Tensor]:
     """Gradients of q, k and v."""
-    scale = q.shape[-1] ** -0.5
+    scale, dout = q.shape[-1] ** -0.5, dout.contiguous()
     q = q * scale
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide(k)), torch.zeros_like(wide(v))
     space, more = _space(q), _space(q)
@@ -124,14 +124,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        return *differentiable(lambda q, k, v: attend_at_once(q, k, v, ctx.bias), inputs, dout), None
-    return *_backward(dout.contiguous(), *inputs, ctx.bias), None
+def register_gradients(forward: Operator, backward: Operator) -> None:
+    """Makes an operator of sigmoid attention differentiable, any number of times."""
+
+    def differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *differentiable(lambda q, k, v: attend_at_once(q, k, v, ctx.bias), inputs, dout), None
+        return *backward(dout, *inputs, ctx.bias), None
+
+    forward.register_autograd(differentiate, setup_context=_setup_context)
 
 
-_attend.register_autograd(_differentiate, setup_context=_setup_context)
+register_gradients(_attend, _backward)
 
 
 @register_flop_formula(torch.ops.vitcmp.blockwise_attention)

@@ -5,13 +5,10 @@ For the CPU, in fp32 and bf16. Backward, the weights are computed again, and the
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from vitcmp.attention._blockwise import attend_at_once
-from vitcmp.attention._operators import differentiable, memory, operator
+from vitcmp.attention._blockwise import register_gradients
+from vitcmp.attention._operators import memory, operator
 from vitcmp.attention._softmax import empty_like, lines_of, num_threads, register_flops, side_by_side, sizes
 from vitcmp.attention._threads import share_out
 
@@ -50,17 +47,5 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: float) -> list[Tensor
     return [empty_like(x) for x in (q, k, v)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.bias = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        return *differentiable(lambda q, k, v: attend_at_once(q, k, v, ctx.bias), inputs, dout), None
-    return *_backward(dout, *inputs, ctx.bias), None
-
-
-attend.register_autograd(_differentiate, setup_context=_setup_context)
+register_gradients(attend, _backward)
 register_flops("sigmoid_attention")
