@@ -197,7 +197,7 @@ def make_step(side: Side, config: RunConfig, data: Data) -> Callable[[], object]
         model = torch.compile(model)  # type: ignore[assignment]
     schedule, steps = Schedule(c, len(data.train) // c.batch_size), count()
     in_parts = side.micro_batch < c.batch_size
-    num_lanes = lanes(config, CPU, side.precision, in_parts) if side.lanes and not side.compiled else 1
+    num_lanes = lanes(config, CPU, in_parts) if side.lanes and not side.compiled else 1
 
     def ours() -> None:
         schedule.set_lr(optimizer, next(steps))

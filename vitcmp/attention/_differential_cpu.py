@@ -17,11 +17,13 @@ from vitcmp.attention._tiles import (
     TILE,
     add_outer,
     multiply_lanes,
+    narrow_room,
     pack_along,
     pack_both,
     pack_lanes,
     pack_left,
     pair_size,
+    store_both,
     store_joined,
     store_two,
     transposed_product,
@@ -101,11 +103,10 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
     upstream, dout_along = words(np.empty(block * whole * p, q.dtype)), words(np.empty(block * wide, q.dtype))
     # Of all keys and a block of queries: the weights and the gradients of both maps' scores, these also with keys in
     # pairs.
-    weights, ds = np.empty(rows * block, q.dtype), np.empty((2, rows * block), q.dtype)
-    ds_pairs = np.empty((2, rows * block), q.dtype)
-    ds1, ds2, pairs1, pairs2 = ds[0], ds[1], words(ds_pairs[0]), words(ds_pairs[1])
     scores, products = np.empty((2, (rows + TILE) * block), np.float32), np.empty((rows + TILE) * block, np.float32)
     s1, s2, every = scores[0], scores[1], len(tops) // 2
+    weights, ds = narrow_room(products, q), (narrow_room(s1, q), narrow_room(s2, q))
+    ds_pairs = words(narrow_room(ds[0], q)), words(narrow_room(ds[1], q))
     dkeys, dvalues = np.empty((2, rows * narrow), np.float32), np.empty(rows * wide, np.float32)
     mixed, turned = np.empty(narrow * block, np.float32), np.empty(LANES * LANES, np.float32)
     factors = np.full(block, factor)
@@ -148,21 +149,19 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
                 mean1, mean2 = mean1 * part1, mean2 * part2
                 store_part(dshare, query, there, 0.0 - mean2)
                 part2 = part2 * share[0]
-                for j in range(c, n * lanes, 2 * lanes):
-                    j2, at = j + lanes, (j - c) // p + c
+                for row in range(0, n * lanes, 2 * lanes):
+                    j, j2 = row + c, row + c + lanes
                     d, d2 = load(products, j), load(products, j2)
                     e, e2 = load(s1, j) * part1, load(s1, j2) * part1
                     f, f2 = load(s2, j) * part2, load(s2, j2) * part2
                     store_two(weights, j, j2, e - f, e2 - f2)
                     e, e2 = e * (d - mean1), e2 * (d2 - mean1)
-                    store_two(ds1, j, j2, e, e2)
-                    store_joined(pairs1, at, lanes, e, e2)
+                    store_both(ds[0], ds_pairs[0], row, c, lanes, e, e2)
                     f, f2 = f * (mean2 - d), f2 * (mean2 - d2)
-                    store_two(ds2, j, j2, f, f2)
-                    store_joined(pairs2, at, lanes, f, f2)
+                    store_both(ds[1], ds_pairs[1], row, c, lanes, f, f2)
             for m in range(2):
                 for r in range(0, half, TILE):
-                    multiply_lanes(words(k_along[m]), r, 1, narrow, words(ds_pairs[m]), lanes, n // p, mixed, r * lanes)
+                    multiply_lanes(words(k_along[m]), r, 1, narrow, ds_pairs[m], lanes, n // p, mixed, r * lanes)
                 at = at_dq + i * lines[4, 2] + m * half
                 write_across(mixed, lanes, turned, factors, dq, at, lines[4, 2], few, half)
                 add_outer(words(ds[m]), lanes // p, words(q_along[m]), narrow, size, dkeys[m])

@@ -16,11 +16,13 @@ from vitcmp.attention._tiles import (
     TILE,
     add_outer,
     multiply_lanes,
+    narrow_room,
     pack_along,
     pack_both,
     pack_lanes,
     pack_left,
     pair_size,
+    store_both,
     store_joined,
     store_two,
     transposed_product,
@@ -45,8 +47,8 @@ def _forward(q, k, v, out, lines, heads, tokens, size, width, bias, first, last)
     wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
     deep, block = up(width, p) // p, block_of(size, p)
     keys, y = np.zeros(rows * deep * p + LANES, q.dtype), words(np.zeros(rows * wide, q.dtype))
-    queries, x = words(np.empty(block * deep * p, q.dtype)), words(np.empty(n * block, q.dtype))
     scores, mixed = np.empty((rows + TILE) * block, np.float32), np.empty(wide * block, np.float32)
+    queries, x = words(np.empty(block * deep * p, q.dtype)), words(narrow_room(scores, q))
     turned, ones = np.empty(LANES * LANES, np.float32), np.ones(block, np.float32)
     for head in range(first, last):
         at_q, at = place_of(lines, 0, heads, head), place_of(lines, 3, heads, head)
@@ -86,9 +88,9 @@ def _backward(q, k, v, dout, dq, dk, dv, lines, heads, tokens, size, width, bias
     q_along, dout_along = words(np.empty(block * wide, q.dtype)), words(np.empty(block * wide, q.dtype))
     k_along = words(np.zeros(rows * wide, q.dtype))
     # Of all keys and a block of queries: the weights and the gradient of the scores, this also with keys in pairs.
-    weights, ds = np.empty(rows * block, q.dtype), np.empty(rows * block, q.dtype)
-    ds_pairs = words(np.empty(rows * block, q.dtype))
     scores, products = np.empty((rows + TILE) * block, np.float32), np.empty((rows + TILE) * block, np.float32)
+    weights, ds = narrow_room(scores, q), narrow_room(products, q)
+    ds_pairs = words(narrow_room(ds, q))
     dkeys, dvalues = np.empty(rows * wide, np.float32), np.empty(rows * wide, np.float32)
     mixed, turned = np.empty(wide * block, np.float32), np.empty(LANES * LANES, np.float32)
     factors = np.full(block, factor)
@@ -113,13 +115,12 @@ def _backward(q, k, v, dout, dq, dk, dv, lines, heads, tokens, size, width, bias
             if size % 2:
                 products[size * lanes : (size + 1) * lanes] = 0
             for c in range(0, lanes, LANES):
-                for j in range(c, n * lanes, 2 * lanes):
-                    j2 = j + lanes
+                for row in range(0, n * lanes, 2 * lanes):
+                    j, j2 = row + c, row + c + lanes
                     w, w2 = _weight(scores, j, scale, base), _weight(scores, j2, scale, base)
                     store_two(weights, j, j2, w, w2)
                     w, w2 = w * (1.0 - w) * load(products, j), w2 * (1.0 - w2) * load(products, j2)
-                    store_two(ds, j, j2, w, w2)
-                    store_joined(ds_pairs, (j - c) // p + c, lanes, w, w2)
+                    store_both(ds, ds_pairs, row, c, lanes, w, w2)
             for r in range(0, width, TILE):
                 multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes)
             write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)

@@ -35,11 +35,13 @@ from vitcmp.attention._tiles import (
     TILE,
     add_outer,
     multiply_lanes,
+    narrow_room,
     pack_along,
     pack_both,
     pack_lanes,
     pack_left,
     pair_size,
+    store_both,
     store_joined,
     store_two,
     transposed_product,
@@ -106,8 +108,8 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     deep, block = up(width, p) // p, block_of(size, p)
     keys, values = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * wide, q.dtype)
     queries = np.empty(block * deep * p, q.dtype)
-    a, b, y, x = words(keys), words(queries), words(values), words(np.empty(n * block, q.dtype))
     scores, mixed = np.empty((rows + TILE) * block, np.float32), np.empty(wide * block, np.float32)
+    a, b, y, x = words(keys), words(queries), words(values), words(narrow_room(scores, q))
     shares, row, one = np.empty(block, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
     turned, whole = np.empty(LANES * LANES, np.float32), _num_whole(tokens)
     for head in range(first, last):
@@ -174,9 +176,9 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
     k_left, v_left, k_along = words(left[0]), words(left[1]), words(np.zeros(rows * wide, q.dtype))
     q_across, dout_across, q_along, dout_along = words(across[0]), words(across[1]), words(along[0]), words(along[1])
     # Of all keys and a block of queries: the weights and the gradient of the scores, this also with keys in pairs.
-    weights, ds = np.empty(rows * block, q.dtype), np.empty(rows * block, q.dtype)
-    weights_left, ds_left, ds_pairs = words(weights), words(ds), words(np.empty(rows * block, q.dtype))
     scores, products = np.empty((rows + TILE) * block, np.float32), np.empty((rows + TILE) * block, np.float32)
+    weights, ds = narrow_room(scores, q), narrow_room(products, q)
+    weights_left, ds_left, ds_pairs = words(weights), words(ds), words(narrow_room(ds, q))
     dkeys, dvalues = np.empty(rows * wide, np.float32), np.empty(rows * wide, np.float32)
     mixed, turned = np.empty(wide * block, np.float32), np.empty(LANES * LANES, np.float32)
     row, drow, one = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
@@ -214,13 +216,12 @@ def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width
                     mean, mean2 = fma(e, load(products, j), mean), fma(e2, load(products, j + lanes), mean2)
                 share = 1.0 / (total + total2)
                 mean = (mean + mean2) * share
-                for first_of_pair in range(0, n * lanes, 2 * lanes):
-                    j = first_of_pair + c
+                for row_of_pair in range(0, n * lanes, 2 * lanes):
+                    j = row_of_pair + c
                     e, e2 = load(scores, j) * share, load(scores, j + lanes) * share
                     store_two(weights, j, j + lanes, e, e2)
                     e, e2 = e * (load(products, j) - mean), e2 * (load(products, j + lanes) - mean)
-                    store_two(ds, j, j + lanes, e, e2)
-                    store_joined(ds_pairs, first_of_pair // p + c, lanes, e, e2)
+                    store_both(ds, ds_pairs, row_of_pair, c, lanes, e, e2)
             for r in range(0, width, TILE):
                 multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes)
             write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)

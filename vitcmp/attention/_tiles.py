@@ -44,6 +44,11 @@ def words(x):  # type: ignore[no-untyped-def]
     raise NotImplementedError
 
 
+def narrow_room(x, like):  # type: ignore[no-untyped-def]
+    """Room for the numbers of x in the format of `like`: where that is fp32, x itself."""
+    raise NotImplementedError
+
+
 def rounded(x, out):  # type: ignore[no-untyped-def]
     """A vector of fp32 in the number format of `out`."""
     raise NotImplementedError
@@ -56,6 +61,11 @@ def joined(first, second, out):  # type: ignore[no-untyped-def]
 
 def store_joined(out, place, line, first, second):  # type: ignore[no-untyped-def]
     """Two vectors of fp32 as two rows of `out`, or as one row of pairs."""
+    raise NotImplementedError
+
+
+def store_both(out, pairs, row, lane, line, first, second):  # type: ignore[no-untyped-def]
+    """Two vectors of fp32 as two rows of `out`, `line` long, and of `pairs`, which in fp32 is the same memory."""
     raise NotImplementedError
 
 
@@ -74,6 +84,13 @@ def _rounded(x, out):  # type: ignore[no-untyped-def]
     return (lambda x, out: x) if out.dtype == types.float32 else (lambda x, out: to_bf16(x))
 
 
+@overload(narrow_room, jit_options=INLINED)
+def _narrow_room(x, like):  # type: ignore[no-untyped-def]
+    if like.dtype == types.float32:
+        return lambda x, like: x
+    return lambda x, like: np.empty(x.size, like.dtype)
+
+
 @overload(joined, jit_options=INLINED)
 def _joined(first, second, out):  # type: ignore[no-untyped-def]
     if out.dtype == types.float32:
@@ -89,6 +106,20 @@ def _store_joined(out, place, line, first, second):  # type: ignore[no-untyped-d
 
     def in_bf16(out, place, line, first, second):  # type: ignore[no-untyped-def]
         store(out, place, pair(first, second))
+
+    return in_fp32 if out.dtype == types.float32 else in_bf16
+
+
+@overload(store_both, jit_options=INLINED)
+def _store_both(out, pairs, row, lane, line, first, second):  # type: ignore[no-untyped-def]
+    def in_fp32(out, pairs, row, lane, line, first, second):  # type: ignore[no-untyped-def]
+        store(out, row + lane, first)
+        store(out, row + lane + line, second)
+
+    def in_bf16(out, pairs, row, lane, line, first, second):  # type: ignore[no-untyped-def]
+        store(out, row + lane, to_bf16(first))
+        store(out, row + lane + line, to_bf16(second))
+        store(pairs, row // 2 + lane, pair(first, second))
 
     return in_fp32 if out.dtype == types.float32 else in_bf16
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -11,15 +13,14 @@ from vitcmp.models.vit import ViT
 
 
 def micro_batch(model: ViT, device: torch.device, batch_size: int) -> int:
-    """Images a pass so that one activation of the MLP stays within 16 MiB on a CPU; elsewhere the whole batch.
+    """Images a pass so that one activation of the MLP takes about 16 MiB on a CPU; elsewhere the whole batch.
 
     Larger tensors are returned to the system and page-fault at every step. A fixed rule, so that a run is repeatable.
     """
     if device.type != "cpu":
         return batch_size
     bytes_an_image = 4 * model.grid.num_tokens * model.config.mlp_dim
-    fitting = max(1, 2**24 // bytes_an_image)
-    return min(batch_size, 1 << fitting.bit_length() - 1)
+    return min(batch_size, 1 << max(0, round(math.log2(2**24 / bytes_an_image))))
 
 
 def logits_of(model: ViT, split: Split, normalise: Normalise, device: torch.device) -> np.ndarray:

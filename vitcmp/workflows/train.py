@@ -220,7 +220,7 @@ def _train_and_test(
     precision, in_parts = metrics["precision_used"], size < c.batch_size
     if keeps_memory(device, precision, in_parts):
         machine.keep_freed_memory()
-    num_lanes = lanes(config, device, precision, in_parts)
+    num_lanes = lanes(config, device, in_parts)
     compiled = c.compile and _can_compile(device, listen)
     metrics |= {
         "params_m": complexity.parameters_m(model),
@@ -312,16 +312,16 @@ def keeps_memory(device: torch.device, precision: str, in_parts: bool) -> bool:
     return device.type == "cpu" and (precision == "bf16" or not in_parts)
 
 
-def lanes(config: RunConfig, device: torch.device, precision: str, in_parts: bool) -> int:
+def lanes(config: RunConfig, device: torch.device, in_parts: bool) -> int:
     """How many parts of a batch are computed beside each other, each on its share of the threads.
 
     Threads that share one operation wait for each other after it, those with parts of their own do not. But parts share
-    Python's interpreter, which holds up many of them, and the small operations of bf16 in whole batches. And random
-    masks would depend on who draws first.
+    Python's interpreter, which holds up many of them, and a whole batch keeps threads busy as it is. And random masks
+    would depend on who draws first.
     """
     m = config.model
     is_random = m.dropout or m.attention_dropout or m.drop_path
-    fits = device.type == "cpu" and 2 <= torch.get_num_threads() <= 4 and (precision == "fp32" or in_parts)
+    fits = device.type == "cpu" and 2 <= torch.get_num_threads() <= 4 and in_parts
     return 2 if fits and not is_random and not config.train.compile else 1
 
 
