@@ -138,6 +138,14 @@ def attention_map(core: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k
     return torch.cat(blocks, dim=-1)
 
 
+def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T / sqrt(K), [..., N, K] and [..., M, K] -> [..., N, M]; the factor is part of the product, no pass over q."""
+    # Nothing is added: with beta = 0 what is to be added is not even read.
+    nothing, factor = q.new_empty(1, 1, 1), q.shape[-1] ** -0.5
+    scores = torch.baddbmm(nothing, q.flatten(0, -3), k.flatten(0, -3).mT, beta=0, alpha=factor)
+    return scores.unflatten(0, q.shape[:-2])
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in fp32 at least: half precisions are promoted, fp32 and fp64 kept."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
-from vitcmp.attention._multihead import TokenGrid
+from vitcmp.attention._multihead import TokenGrid, scaled_scores
 from vitcmp.attention.softmax import SoftmaxAttention
 
 
@@ -89,8 +89,8 @@ class WindowedPatches(nn.Module):
         if added is None:
             answers = self.softmax(*(x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))).view(q.shape)
         else:
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-            scores = scores + added.to(scores.dtype)
+            scores = scaled_scores(q, k)
+            scores += added.to(scores.dtype)
             # The kernel sums in fp32 whatever its input, so autocast's fp32 copy of the scores buys nothing.
             with torch.autocast(q.device.type, enabled=False):
                 weights = scores.softmax(dim=-1)
@@ -108,7 +108,7 @@ def with_prefix(patches: Tensor, q: Tensor, k: Tensor, v: Tensor, dropout: float
     """[B, H, N, K]: the patches' answers [B, H, P, K] behind those of the prefix tokens, which attend to all tokens."""
     prefix = q.shape[2] - patches.shape[2]
     if prefix:
-        scores = q[:, :, :prefix] * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # [B, H, prefix, N]
+        scores = scaled_scores(q[:, :, :prefix], k)  # [B, H, prefix, N]
         with torch.autocast(q.device.type, enabled=False):
             weights = scores.softmax(dim=-1)
         patches = torch.cat([F.dropout(weights, dropout) @ v, patches], dim=2)

@@ -93,7 +93,7 @@ class AgentAttention(nn.Module):
 
     def _weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:
-            scores = scores + bias
+            scores = scores.add_(bias) if scores.dtype == bias.dtype else scores + bias
         return F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ square, they are those of the next larger square that lie nearest to its centre.
 between patches.
 
 p . r is a term of dx plus a term of dy, so its softmax over the grid is a softmax over columns times one over rows: the
-positional part needs no N x N matrix. Prefix tokens have no position: their rows are softmax alone, and the positional
+positional part needs no N x N matrix. Where a head's map is smaller than its values, the two parts are mixed as maps.
+Prefix tokens have no position: their rows are softmax alone, and the positional
 part gives them no weight. Attention dropout drops weights of the softmax. Left out: the paper starts the value
 projection as the identity; ours starts as in all other mechanisms.
 """
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
-from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, wide
+from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, scaled_scores, wide
 from vitcmp.attention.softmax import SoftmaxAttention
 
 PAPER = "https://arxiv.org/abs/2103.10697"
@@ -48,7 +49,7 @@ class GatedPositionalAttention(nn.Module):
     def __init__(self, num_heads: int, grid: TokenGrid, locality_strength: float, dropout: float) -> None:
         super().__init__()
         self.grid = grid
-        self.dropout = dropout  # says that it is known here; `content` applies it
+        self.dropout = dropout
         self.content = SoftmaxAttention("auto", dropout)
         self.gate = nn.Parameter(torch.ones(num_heads))  # lambda
         offsets = 2 * square_of_offsets(num_heads)
@@ -57,20 +58,38 @@ class GatedPositionalAttention(nn.Module):
         self.register_buffer("rows", side_offsets(grid.height), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        height, width, prefix = self.grid.height, self.grid.width, self.grid.num_prefix_tokens
+        grid = self.grid
         with torch.autocast(q.device.type, enabled=False):
             along_x, along_y, nearness = wide(self.position).T[:, :, None, None]  # [H, 1, 1] each
             in_row = (along_x * self.columns + nearness * self.columns.square()).softmax(dim=-1)  # [H, width, width]
             in_column = (along_y * self.rows + nearness * self.rows.square()).softmax(dim=-1)  # [H, height, height]
-            gate = wide(self.gate).sigmoid()[:, None, None].expand(-1, height * width, 1)
-            gate = F.pad(gate, (0, 0, prefix, 0)).to(v.dtype)  # [H, N, 1], 0 for prefix tokens
-        image = v[:, :, prefix:].unflatten(2, (height, width))
+            gate = wide(self.gate).sigmoid()[:, None, None].expand(-1, grid.height * grid.width, 1)
+            gate = F.pad(gate, (0, 0, grid.num_prefix_tokens, 0))  # [H, N, 1], 0 for prefix tokens
+        mix = self._mix_maps if mixes_maps(grid, v.shape[-1]) else self._mix_outputs
+        return mix(q, k, v, in_row, in_column, gate)
+
+    def _mix_maps(self, q: Tensor, k: Tensor, v: Tensor, in_row: Tensor, in_column: Tensor, gate: Tensor) -> Tensor:
+        prefix = self.grid.num_prefix_tokens
+        positional = (in_column[:, :, None, :, None] * in_row[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
+        positional = F.pad(positional, (prefix, 0, prefix, 0)) * gate  # [H, N, N]
+        content = scaled_scores(q, k).softmax(dim=-1)
+        content = F.dropout(content, self.dropout, self.training)
+        return torch.addcmul(positional, content, 1 - gate).to(v.dtype) @ v
+
+    def _mix_outputs(self, q: Tensor, k: Tensor, v: Tensor, in_row: Tensor, in_column: Tensor, gate: Tensor) -> Tensor:
+        prefix = self.grid.num_prefix_tokens
+        image = v[:, :, prefix:].unflatten(2, (self.grid.height, self.grid.width))
         image = torch.einsum("hij,bhyjk->bhyik", in_row.to(v.dtype), image)
         image = torch.einsum("hij,bhjxk->bhixk", in_column.to(v.dtype), image)
         positional = image.flatten(2, 3)
         if prefix:
             positional = F.pad(positional, (0, 0, prefix, 0))  # [B, H, N, K]
-        return self.content(q, k, v).lerp(positional, gate)
+        return self.content(q, k, v).lerp(positional, gate.to(v.dtype))
+
+
+def mixes_maps(grid: TokenGrid, width: int) -> bool:
+    """Whether both parts meet as maps, [N, N] a head, and not as outputs, [N, K]: where those are no larger."""
+    return grid.num_tokens <= width
 
 
 def side_offsets(side: int) -> Tensor:
@@ -99,4 +118,5 @@ def build(layer: LayerConfig, config: Config) -> nn.Module:
 
 def macs(layer: LayerConfig, config: Config) -> int:
     grid = layer.grid
-    return (2 * grid.num_tokens**2 + grid.height * grid.width * (grid.height + grid.width)) * layer.dim
+    positional = 0 if mixes_maps(grid, layer.head_dim) else grid.height * grid.width * (grid.height + grid.width)
+    return (2 * grid.num_tokens**2 + positional) * layer.dim

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcmp.attention._multihead import LayerConfig, MultiHead
+from vitcmp.attention._multihead import LayerConfig, MultiHead, scaled_scores
 from vitcmp.attention._softmax import attend
 
 PAPER = "https://arxiv.org/abs/1706.03762"
@@ -44,7 +44,7 @@ class SoftmaxAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         if impl == "numba" and can_compile(q, k, v, dropout):
             return attend(q, k, v)[0]
-        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # [B, H, N, N]
+        scores = scaled_scores(q, k)  # [B, H, N, N]
         # The kernel sums in fp32 whatever its input, so autocast's fp32 copy of the scores buys nothing.
         with torch.autocast(q.device.type, enabled=False):
             weights = scores.softmax(dim=-1)
