@@ -139,7 +139,7 @@ def attention_map(core: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k
 
 
 def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T / sqrt(K), [..., N, K] and [..., M, K] -> [..., N, M]; the factor is part of the product, no pass over q."""
+    """q k^T / sqrt(K): [..., N, K] and [..., M, K] -> [..., N, M]. The factor needs no pass of its own."""
     # Nothing is added: with beta = 0 what is to be added is not even read.
     nothing, factor = q.new_empty(1, 1, 1), q.shape[-1] ** -0.5
     scores = torch.baddbmm(nothing, q.flatten(0, -3), k.flatten(0, -3).mT, beta=0, alpha=factor)
