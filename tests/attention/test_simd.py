@@ -7,7 +7,7 @@ import pytest
 import torch
 from numba import njit
 
-from vitcmp.attention import _simd as simd
+from vitcmp.attention._kernels import simd
 
 
 @pytest.mark.parametrize("compresses", [True, False])

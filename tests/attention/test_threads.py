@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from vitcmp.attention import _threads
-from vitcmp.attention._kernels import in_parts, inner, kernel
-from vitcmp.attention._threads import run_beside, share_out
+from vitcmp.attention._kernels import threads
+from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
+from vitcmp.attention._kernels.threads import run_beside, share_out
 
 
 @pytest.fixture(params=["torch's", "own"])
 def _threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "own":
-        monkeypatch.setattr(_threads, "_openmp", lambda: None)
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
 
 
 @inner
@@ -109,4 +109,4 @@ def test_torchs_threads_are_found() -> None:
     if "libgomp" not in Path("/proc/self/maps").read_text():
         pytest.skip("this torch has another OpenMP")
     torch.zeros(1)
-    assert _threads._openmp() is not None
+    assert threads._openmp() is not None

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vitcmp.attention._kernels.operators import Operator, differentiable, operator
 from vitcmp.attention._multihead import wide
-from vitcmp.attention._operators import Operator, differentiable, operator
 
 BLOCK_SCORES = {"cpu": 2**20, "cuda": 2**26}
 """Scores of a block: as many as caches hold; on a GPU, as many as keep it busy."""

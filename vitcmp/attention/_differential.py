@@ -1,4 +1,4 @@
-"""Differential attention whose maps never leave a core's cache, a head at a time (`_differential_cpu`).
+"""Differential attention whose maps never leave a core's cache, a head at a time (`_kernels.differential`).
 
 For the CPU, in fp32 and bf16. Backward, the maps are computed again, and the gradients are in closed form.
 """
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcmp.attention._operators import differentiable, memory, operator
+from vitcmp.attention._kernels.operators import differentiable, memory, operator
+from vitcmp.attention._kernels.threads import share_out
 from vitcmp.attention._softmax import empty_like, lines_of, num_threads, register_flops, side_by_side, sizes
-from vitcmp.attention._threads import share_out
 
 
 def attend_at_once(q: Tensor, k: Tensor, v: Tensor, share: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, share: Tensor) -> tuple[Tensor, Tens
 
     The halves of q and k make the maps; the second one counts -`share` times, an fp32 number of no dimensions.
     """
-    from vitcmp.attention import _differential_cpu as cpu
+    from vitcmp.attention._kernels import differential as cpu
 
     q, k, v = (side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v, share)
@@ -45,7 +45,7 @@ def _results(q: Tensor, k: Tensor, v: Tensor, share: Tensor) -> tuple[Tensor, Te
 @operator("vitcmp::differential_attention_backward")
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, share: Tensor, tops: Tensor) -> list[Tensor]:
     """Gradients of q, k, v and of `share`."""
-    from vitcmp.attention import _differential_cpu as cpu
+    from vitcmp.attention._kernels import differential as cpu
 
     q, k, v, dout = (side_by_side(x) for x in (q, k, v, dout))
     gradients, dshare = [empty_like(x) for x in (q, k, v)], torch.empty_like(tops[0])

@@ -1,8 +1,8 @@
 """alpha-entmax attention, exact and fast: p = [(alpha - 1) s - tau]_+ ^ (1 / (alpha - 1)), tau such that sum(p) = 1.
 
-On the CPU the rows are compiled (`_entmax_cpu`): scores come from matrix products, a block of queries at a time; the
-entries above the threshold are kept, and the output and all gradients are made from them alone. Where rows are dense,
-matrix products do that too, and the backward pass computes the scores again. So memory stays far below N^2.
+On the CPU the rows are compiled (`_kernels.entmax`): scores come from matrix products, a block of queries at a time;
+the entries above the threshold are kept, and the output and all gradients are made from them alone. Where rows are
+dense, matrix products do that too, and the backward pass computes the scores again. So memory stays far below N^2.
 Elsewhere, and for second derivatives, the same in torch.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import register_flop_formula
 
-from vitcmp.attention._operators import differentiable, operator
-from vitcmp.attention._threads import run_beside
+from vitcmp.attention._kernels.operators import differentiable, operator
+from vitcmp.attention._kernels.threads import run_beside
 
 MAX_SCORES = 2**17
 """Scores of a block on the CPU, so that they stay in a core's cache from one product to the next."""
@@ -135,7 +135,7 @@ def _capacity(heads: int, tokens: int) -> int:
 @operator("vitcmp::entmax_attention")
 def _attend(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> list[Tensor]:
     """The output, and what the backward pass needs: maxima, thresholds, supports, and which groups are dense."""
-    from vitcmp.attention import _entmax_cpu as cpu
+    from vitcmp.attention._kernels import entmax as cpu
 
     result = all_out, *_, all_dense = _outputs(q, k, v, alpha)
     heads, tokens, width = q.shape
@@ -183,7 +183,7 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, saved: list[Tensor], with_alpha: bool
 ) -> list[Tensor]:
     """Gradients of q, k, v and alpha."""
-    from vitcmp.attention import _entmax_cpu as cpu
+    from vitcmp.attention._kernels import entmax as cpu
 
     heads, tokens, width = q.shape
     group, rows = _groups(heads, tokens)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._entmax import attend_in_torch
-from vitcmp.attention._operators import operator
+from vitcmp.attention._kernels.operators import operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256

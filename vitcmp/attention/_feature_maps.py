@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitcmp.attention._kernels.operators import differentiable
 from vitcmp.attention._multihead import wide
-from vitcmp.attention._operators import differentiable
 
 BLOCK = 2**19
 """Features of a block on the CPU: what stays in its caches, and is long against the time that a call takes."""

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from vitcmp.attention._kernels.operators import operator
+from vitcmp.attention._kernels.threads import share_out
 from vitcmp.attention._multihead import wide
-from vitcmp.attention._operators import operator
-from vitcmp.attention._threads import share_out
 
 MIN_RESULTS = 2**13
 """Numbers in a result below which a second thread costs more than it brings."""
@@ -46,7 +46,7 @@ def product(kind: str, x: Tensor, y: Tensor, links: list[Tensor]) -> Tensor:
     scores: queries [G, P, K], keys [G, N, K] -> [G, P, J]; mixed: weights [G, P, J], values [G, N, K] -> [G, P, K];
     spread: weights [G, P, J], what the queries hand back to their keys [G, P, K] -> [G, N, K].
     """
-    from vitcmp.attention import _neighbours_cpu as cpu
+    from vitcmp.attention._kernels import neighbours as cpu
 
     out = _result(kind, x, y, links)
     kernel = {"scores": cpu.scores, "mixed": cpu.mixed, "spread": cpu.spread}[kind]

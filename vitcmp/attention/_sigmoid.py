@@ -1,4 +1,4 @@
-"""Sigmoid attention whose weights never leave a core's cache, a head at a time (`_sigmoid_cpu`).
+"""Sigmoid attention whose weights never leave a core's cache, a head at a time (`_kernels.sigmoid`).
 
 For the CPU, in fp32 and bf16. Backward, the weights are computed again, and the gradients are in closed form.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from vitcmp.attention._blockwise import register_gradients
-from vitcmp.attention._operators import memory, operator
+from vitcmp.attention._kernels.operators import memory, operator
+from vitcmp.attention._kernels.threads import share_out
 from vitcmp.attention._softmax import empty_like, lines_of, num_threads, register_flops, side_by_side, sizes
-from vitcmp.attention._threads import share_out
 
 
 @operator("vitcmp::sigmoid_attention")
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: float) -> Tensor:
     """sigmoid(q k^T / sqrt(K) + bias) v for q, k and v of [B, H, N, K], in fp32 or bf16."""
-    from vitcmp.attention import _sigmoid_cpu as cpu
+    from vitcmp.attention._kernels import sigmoid as cpu
 
     q, k, v = (side_by_side(x) for x in (q, k, v))
     out = empty_like(q)
@@ -33,7 +33,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: float) -> Tensor:
 @operator("vitcmp::sigmoid_attention_backward")
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: float) -> list[Tensor]:
     """Gradients of q, k and v."""
-    from vitcmp.attention import _sigmoid_cpu as cpu
+    from vitcmp.attention._kernels import sigmoid as cpu
 
     q, k, v, dout = inputs = [side_by_side(x) for x in (q, k, v, dout)]
     gradients = [empty_like(x) for x in (q, k, v)]

@@ -1,4 +1,4 @@
-"""Softmax attention whose scores never leave a core's cache, a head at a time, by compiled kernels (`_softmax_cpu`).
+"""Softmax attention whose scores never leave a core's cache, a head at a time (`_kernels.softmax`).
 
 For the CPU, in fp32 and bf16: where heads are narrow, other forms spend their time on moving scores and on thin matrix
 products. Backward, the weights are computed again, and the gradients are in closed form.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vitcmp.attention._operators import differentiable, memory, operator
-from vitcmp.attention._threads import share_out
+from vitcmp.attention._kernels.operators import differentiable, memory, operator
+from vitcmp.attention._kernels.threads import share_out
 
 MIN_SCORES = 2**15
 """Scores below which a second thread costs more than it brings."""
@@ -29,7 +29,7 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @operator("vitcmp::softmax_attention")
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and the largest scores, [B H, N]."""
-    from vitcmp.attention import _softmax_cpu as cpu
+    from vitcmp.attention._kernels import softmax as cpu
 
     q, k, v = (side_by_side(x) for x in (q, k, v))
     out, tops = _results(q, k, v)
@@ -46,7 +46,7 @@ def _results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 @operator("vitcmp::softmax_attention_backward")
 def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tensor]:
     """Gradients of q, k and v."""
-    from vitcmp.attention import _softmax_cpu as cpu
+    from vitcmp.attention._kernels import softmax as cpu
 
     q, k, v, dout = inputs = [side_by_side(x) for x in (q, k, v, dout)]
     gradients = [empty_like(x) for x in (q, k, v)]

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention import AttentionError, DegenerateWarning
+from vitcmp.attention._kernels.operators import operator
+from vitcmp.attention._kernels.threads import share_out
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
-from vitcmp.attention._operators import operator
-from vitcmp.attention._threads import share_out
 from vitcmp.attention.softmax import SoftmaxAttention
 
 PAPER = "https://arxiv.org/abs/2102.03902"
@@ -106,7 +106,7 @@ def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
 @operator("vitcmp::pseudo_inverse")
 def _without_gradient(a: Tensor, iterations: int) -> Tensor:
     """The same by a compiled kernel, for matrices so small that torch's products are mostly calls."""
-    from vitcmp.attention import _nystromformer_cpu as cpu
+    from vitcmp.attention._kernels import nystromformer as cpu
 
     a, size = a.detach().contiguous(), a.shape[-1]
     out, matrices = torch.empty_like(a), a.numel() // size**2

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitcmp.attention._operators import differentiable, memory, operator
-from vitcmp.attention._threads import share_out
+from vitcmp.attention._kernels.operators import differentiable, memory, operator
+from vitcmp.attention._kernels.threads import share_out
 
 MIN_NUMBERS = 2**15
 """Numbers below which calling the kernels costs more than they save."""

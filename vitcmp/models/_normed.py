@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp import machine
-from vitcmp.attention._operators import differentiable, operator
-from vitcmp.attention._threads import share_out
+from vitcmp.attention._kernels.operators import differentiable, operator
+from vitcmp.attention._kernels.threads import share_out
 from vitcmp.models._fused import MIN_NUMBERS, autocasts, can_compile, empty_rows, flat, num_rows
 
 MAX_WEIGHTS = 2**16

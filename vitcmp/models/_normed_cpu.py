@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vitcmp.attention._kernels import in_parts, inner, kernel
-from vitcmp.attention._simd import LANES, load, read, store, write
-from vitcmp.attention._tiles import (
+from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
+from vitcmp.attention._kernels.simd import LANES, load, read, store, write
+from vitcmp.attention._kernels.tiles import (
     PANEL,
     TILE,
     multiply_onto,

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitcmp import attention, machine, store
 from vitcmp.attention import DegenerateWarning
-from vitcmp.attention._threads import pool
+from vitcmp.attention._kernels.threads import pool
 from vitcmp.configs import RunConfig, RuntimeConfig, TrainConfig, UserError, resolve_run
 from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data

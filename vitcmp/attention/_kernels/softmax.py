@@ -13,8 +13,8 @@ import math
 
 import numpy as np
 
-from vitcmp.attention._kernels import in_parts, inner, kernel
-from vitcmp.attention._simd import (
+from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
+from vitcmp.attention._kernels.simd import (
     LANES,
     exp2,
     fma,
@@ -30,7 +30,7 @@ from vitcmp.attention._simd import (
     total_of,
     write,
 )  # fmt: skip  # isort: skip
-from vitcmp.attention._tiles import (
+from vitcmp.attention._kernels.tiles import (
     PANEL,
     TILE,
     add_outer,

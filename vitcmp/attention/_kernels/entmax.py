@@ -13,8 +13,8 @@ import math
 
 import numpy as np
 
-from vitcmp.attention._kernels import inner, kernel
-from vitcmp.attention._simd import (
+from vitcmp.attention._kernels.compiling import inner, kernel
+from vitcmp.attention._kernels.simd import (
     LANES,
     append,
     count,

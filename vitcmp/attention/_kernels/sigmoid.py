@@ -1,6 +1,6 @@
 """Sigmoid attention on the CPU, compiled by numba: scores and weights of a head stay in a core's cache.
 
-Memory, lanes and number formats are as in `_softmax_cpu`.
+Memory, lanes and number formats are as in `softmax`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import math
 
 import numpy as np
 
-from vitcmp.attention._kernels import in_parts, inner, kernel
-from vitcmp.attention._simd import LANES, exp2, fma, load, smaller
-from vitcmp.attention._softmax_cpu import block_of, place_of
-from vitcmp.attention._tiles import (
+from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
+from vitcmp.attention._kernels.simd import LANES, exp2, fma, load, smaller
+from vitcmp.attention._kernels.softmax import block_of, place_of
+from vitcmp.attention._kernels.tiles import (
     TILE,
     add_outer,
     multiply_lanes,

@@ -6,7 +6,7 @@ The loops over pairs take four at a time, so that the row that these share is re
 
 from __future__ import annotations
 
-from vitcmp.attention._kernels import in_parts, inner, kernel
+from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
 
 
 @inner

@@ -12,7 +12,7 @@ its `kernel`, which hands it out:
     def double(team, *args):
         in_parts(_double, team, args)
 
-`_threads.share_out(double, len(x), threads, x, out)` calls it. Python has no part in what the threads do: those that
+`threads.share_out(double, len(x), threads, x, out)` calls it. Python has no part in what the threads do: those that
 wait for its lock wake up too late for work of a tenth of a millisecond.
 """
 

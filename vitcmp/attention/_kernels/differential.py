@@ -1,6 +1,6 @@
 """Differential attention on the CPU, compiled by numba: both maps of a head are mixed in a core's cache.
 
-Memory, lanes and number formats are as in `_softmax_cpu`; a head's q and k hold two maps of `half` numbers a token side
+Memory, lanes and number formats are as in `softmax`; a head's q and k hold two maps of `half` numbers a token side
 by side. The maps meet the values once, as one.
 """
 
@@ -10,10 +10,10 @@ import math
 
 import numpy as np
 
-from vitcmp.attention._kernels import in_parts, inner, kernel
-from vitcmp.attention._simd import LANES, fma, larger, load, load_part, splat, store, store_part
-from vitcmp.attention._softmax_cpu import block_of, place_of, weight_of
-from vitcmp.attention._tiles import (
+from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
+from vitcmp.attention._kernels.simd import LANES, fma, larger, load, load_part, splat, store, store_part
+from vitcmp.attention._kernels.softmax import block_of, place_of, weight_of
+from vitcmp.attention._kernels.tiles import (
     TILE,
     add_outer,
     multiply_lanes,

@@ -64,7 +64,7 @@ def run_beside(work: Callable[[], None], threads: int) -> None:
 
 
 def share_out(kernel: Callable[..., None], count: int, threads: int, *args: Any) -> None:
-    """`kernel(team, *args)` (see `_kernels`) for 0 to `count`, on `threads` threads."""
+    """`kernel(team, *args)` (see `compiling`) for 0 to `count`, on `threads` threads."""
     # More parts than threads: where one is held up, the others take its next part.
     size = max(1, -(-count // (1 if threads == 1 else 4 * threads)))
     if threads == 1:

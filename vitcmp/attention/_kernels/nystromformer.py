@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vitcmp.attention._kernels import in_parts, inner, kernel
-from vitcmp.attention._simd import LANES, larger, largest, load, splat, store
-from vitcmp.attention._tiles import TILE, multiply, up
+from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
+from vitcmp.attention._kernels.simd import LANES, larger, largest, load, splat, store
+from vitcmp.attention._kernels.tiles import TILE, multiply, up
 
 
 @inner

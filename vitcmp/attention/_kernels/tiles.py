@@ -14,8 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from vitcmp.attention._kernels import inner
-from vitcmp.attention._simd import (
+from vitcmp.attention._kernels.compiling import inner
+from vitcmp.attention._kernels.simd import (
     INLINED,
     LANES,
     add_product,
