@@ -44,7 +44,8 @@ class SoftmaxAttention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         if impl == "numba" and can_compile(q, k, v, dropout):
             return attend(q, k, v)[0]
-        scores = scaled_scores(q, k)  # [B, H, N, N]
+        naive = impl == "naive"
+        scores = q * q.shape[-1] ** -0.5 @ k.mT if naive else scaled_scores(q, k)  # [B, H, N, N]
         # The kernel sums in fp32 whatever its input, so autocast's fp32 copy of the scores buys nothing.
         with torch.autocast(q.device.type, enabled=False):
             weights = scores.softmax(dim=-1)
