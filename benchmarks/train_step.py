@@ -317,6 +317,9 @@ def main() -> None:
     print(f"{args.preset}, {tokens} tokens, {config.data.dataset}, batch {args.batch_size}, {kind}; images a second, "
           f"median (quartiles) of {args.rounds} rounds of {steps} steps, in turn")  # fmt: skip
     print(", ".join(sides), flush=True)
+    if args.compile:
+        # What numba compiles goes to its cache, or the eager side's first step would seem as slow as the compiled one's.
+        measure({"vitcmp": sides["vitcmp"]}, settings, 0, steps, args.threads)
     rates, first = measure(sides, settings, args.rounds, steps, args.threads)
     rows = [
         [name, quartiles(values), f"{ratio(rates['vitcmp'], values):.2f}", str(sides[name])]
