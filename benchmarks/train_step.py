@@ -318,7 +318,7 @@ def main() -> None:
           f"median (quartiles) of {args.rounds} rounds of {steps} steps, in turn")  # fmt: skip
     print(", ".join(sides), flush=True)
     if args.compile:
-        # What numba compiles goes to its cache, or the eager side's first step would seem as slow as the compiled one's.
+        # Numba's cache is filled, or the eager side's first step would seem as slow as the compiled one's.
         measure({"vitcmp": sides["vitcmp"]}, settings, 0, steps, args.threads)
     rates, first = measure(sides, settings, args.rounds, steps, args.threads)
     rows = [
