@@ -9,10 +9,10 @@ square, they are those of the next larger square that lie nearest to its centre.
 between patches.
 
 p . r is a term of dx plus a term of dy, so its softmax over the grid is a softmax over columns times one over rows: the
-positional part needs no N x N matrix. Where a head's map is smaller than its values, the two parts are mixed as maps.
-Prefix tokens have no position: their rows are softmax alone, and the positional
-part gives them no weight. Attention dropout drops weights of the softmax. Left out: the paper starts the value
-projection as the identity; ours starts as in all other mechanisms.
+positional part needs no N x N matrix. Where a head's map is no larger than its values, the two parts are mixed as maps.
+Prefix tokens have no position: their rows are softmax alone, and the positional part gives them no weight. Attention
+dropout drops weights of the softmax. Left out: the paper starts the value projection as the identity; ours starts as in
+all other mechanisms.
 """
 
 from __future__ import annotations
