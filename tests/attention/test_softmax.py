@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import DIM, Case, make_block, relative
 from torch import Tensor, nn
 
@@ -69,13 +70,17 @@ def with_gradients(attend: Callable[..., Tensor], *inputs_and_upstream: Tensor) 
     ("tokens", "width"), [(1, 1), (5, 3), (16, 16), (18, 33), (33, 7), (65, 12), (100, 64), (257, 16)]
 )
 def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-3)):
         inputs = strided(2, 3, tokens, width, dtype)
         exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
-        for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), exact, strict=True):
+        torchs = with_gradients(F.scaled_dot_product_attention, *inputs)
+        found = with_gradients(lambda *x: attend(*x)[0], *inputs)
+        for ours, theirs, wanted in zip(found, torchs, exact, strict=True):
             assert ours.dtype == dtype
             # One token's scores have no gradient.
-            assert (ours - wanted).norm() <= tolerance * max(float(wanted.norm()), 1.0)
+            allowed = tolerance * max(float(wanted.norm()), 1.0)
+            in_bf16 = 1.1 * float((theirs - wanted).norm()) if dtype == torch.bfloat16 else 0.0
+            assert (ours - wanted).norm() <= max(allowed, in_bf16)
 
 
 ON_ANY_PROCESSOR = """

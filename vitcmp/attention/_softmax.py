@@ -28,50 +28,50 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @operator("vitcmp::softmax_attention")
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and the largest scores, [B H, N]."""
+    """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and facts of its rows, [2, B H, N]."""
     from vitcmp.attention._kernels import softmax as cpu
 
     q, k, v = (side_by_side(x) for x in (q, k, v))
-    out, tops = _results(q, k, v)
-    arrays = *map(memory, (q, k, v, out, tops)), lines_of(q, k, v, out), *sizes(q, k)
-    share_out(cpu.forward, len(tops), num_threads(q, k), *arrays)
-    return out, tops
+    out, stats = _results(q, k, v)
+    arrays = *map(memory, (q, k, v, out, stats)), lines_of(q, k, v, out), *sizes(q, k)
+    share_out(cpu.forward, stats.shape[1], num_threads(q, k), *arrays)
+    return out, stats
 
 
 @attend.register_fake
 def _results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)
+    return empty_like(q), q.new_empty(2, q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)
 
 
 @operator("vitcmp::softmax_attention_backward")
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tensor]:
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor) -> list[Tensor]:
     """Gradients of q, k and v."""
     from vitcmp.attention._kernels import softmax as cpu
 
-    q, k, v, dout = inputs = [side_by_side(x) for x in (q, k, v, dout)]
+    q, k, v, out, dout = inputs = [side_by_side(x) for x in (q, k, v, out, dout)]
     gradients = [empty_like(x) for x in (q, k, v)]
-    arrays = *map(memory, (*inputs, tops, *gradients)), lines_of(*inputs, *gradients), *sizes(q, k)
-    share_out(cpu.backward, len(tops), num_threads(q, k), *arrays)
+    arrays = *map(memory, (*inputs, stats, *gradients)), lines_of(*inputs, *gradients), *sizes(q, k)
+    share_out(cpu.backward, stats.shape[1], num_threads(q, k), *arrays)
     return gradients
 
 
 @_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor) -> list[Tensor]:
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor) -> list[Tensor]:
     return [empty_like(x) for x in (q, k, v)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs, *output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, tops = ctx.saved_tensors
+    *inputs, out, stats = ctx.saved_tensors
     if dout is None:
         return (None,) * 3
     if torch.is_grad_enabled():
         return differentiable(attend_at_once, tuple(inputs), dout)
-    return tuple(_backward(dout, *inputs, tops))
+    return tuple(_backward(dout, *inputs, out, stats))
 
 
 attend.register_autograd(_differentiate, setup_context=_setup_context)

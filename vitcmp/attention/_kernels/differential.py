@@ -76,7 +76,7 @@ def _forward(q, k, v, share, out, tops, lines, heads, tokens, size, width, first
                 store_part(tops, head * tokens + i + c, few - c, top1)
                 store_part(tops, every + head * tokens + i + c, few - c, top2)
             for r in range(0, width, TILE):
-                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes)
+                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes, width - r)
             write_across(mixed, lanes, turned, ones, out, at + i * lines[3, 2], lines[3, 2], few, width)
 
 
@@ -161,7 +161,9 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
                     store_both(ds[1], ds_pairs[1], row, c, lanes, f, f2)
             for m in range(2):
                 for r in range(0, half, TILE):
-                    multiply_lanes(words(k_along[m]), r, 1, narrow, ds_pairs[m], lanes, n // p, mixed, r * lanes)
+                    multiply_lanes(
+                        words(k_along[m]), r, 1, narrow, ds_pairs[m], lanes, n // p, mixed, r * lanes, width - r
+                    )
                 at = at_dq + i * lines[4, 2] + m * half
                 write_across(mixed, lanes, turned, factors, dq, at, lines[4, 2], few, half)
                 add_outer(words(ds[m]), lanes // p, words(q_along[m]), narrow, size, dkeys[m])

@@ -64,7 +64,7 @@ def _forward(q, k, v, out, lines, heads, tokens, size, width, bias, first, last)
                     w, w2 = _weight(scores, j + c, scale, base), _weight(scores, j + c + lanes, scale, base)
                     store_joined(x, j // p + c, lanes, w, w2)
             for r in range(0, width, TILE):
-                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes)
+                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes, width - r)
             write_across(mixed, lanes, turned, ones, out, at + i * lines[3, 2], lines[3, 2], few, width)
 
 
@@ -122,7 +122,7 @@ def _backward(q, k, v, dout, dq, dk, dv, lines, heads, tokens, size, width, bias
                     w, w2 = w * (1.0 - w) * load(products, j), w2 * (1.0 - w2) * load(products, j2)
                     store_both(ds, ds_pairs, row, c, lanes, w, w2)
             for r in range(0, width, TILE):
-                multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes)
+                multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes, width - r)
             write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)
             add_outer(words(weights), lanes // p, dout_along, wide, size, dvalues)
             add_outer(words(ds), lanes // p, q_along, wide, size, dkeys)

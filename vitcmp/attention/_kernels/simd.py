@@ -191,6 +191,29 @@ def store_part(typing, array, place, n, x):  # type: ignore[no-untyped-def]
     return types.none(array, types.intp, types.intp, x), build
 
 
+def _prefetch(writes: bool) -> Any:
+    @intrinsic
+    def prefetch(typing, array, place):  # type: ignore[no-untyped-def]
+        def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
+            pointer = builder.gep(context.make_array(array)(context, builder, value=args[0]).data, [args[1]])
+            pointer = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+            kind, name = ir.FunctionType(ir.VoidType(), [pointer.type] + 3 * [INT32]), "llvm.prefetch.p0"
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            # Into the second cache: the first one is full of what is at work.
+            builder.call(function, [pointer, INT32(int(writes)), INT32(2), INT32(1)])
+            return context.get_dummy_value()
+
+        return types.none(array, types.intp), build
+
+    return prefetch
+
+
+prefetch = _prefetch(writes=False)
+"""The processor begins to bring what is at this place into its cache; a place outside of the array does no harm."""
+prefetch_to_write = _prefetch(writes=True)
+"""The same for what will be written."""
+
+
 @intrinsic
 def append(typing, array, place, x, mask):  # type: ignore[no-untyped-def]
     """Writes the lanes of x where `mask` is true one after the other from `place` on, then anything up to LANES."""

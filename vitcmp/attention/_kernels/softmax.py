@@ -21,8 +21,9 @@ from vitcmp.attention._kernels.simd import (
     larger,
     largest,
     load,
-    load_part,
     multiply_add,
+    prefetch,
+    prefetch_to_write,
     read,
     splat,
     store,
@@ -43,7 +44,6 @@ from vitcmp.attention._kernels.tiles import (
     pair_size,
     store_both,
     store_joined,
-    store_two,
     transposed_product,
     up,
     words,
@@ -52,7 +52,9 @@ from vitcmp.attention._kernels.tiles import (
 )  # fmt: skip  # isort: skip
 
 MAX_LEFT_OVER = 2
-"""Queries after the last whole vector of them that are attended one at a time: a class token often makes one."""
+"""Tokens after the last whole vector of them that come one at a time: a class token often makes one."""
+MAX_EXPECTED = 2**16
+"""Numbers of an image and array up to which the next image is brought into cache while this one is at work."""
 
 
 @inner
@@ -80,6 +82,23 @@ def block_of(size, p):  # type: ignore[no-untyped-def]
 
 
 @inner
+def _expect(x, array, lines, heads, head, rows, width):  # type: ignore[no-untyped-def]
+    """The same head of the next image is brought into cache: from one image to the next, its rows lie far apart."""
+    at = place_of(lines, array, heads, head + heads)
+    for i in range(rows):
+        for c in range(0, width, LANES):
+            prefetch(x, at + i * lines[array, 2] + c)
+
+
+@inner
+def _expect_result(x, array, lines, heads, head, rows, width):  # type: ignore[no-untyped-def]
+    at = place_of(lines, array, heads, head + heads)
+    for i in range(rows):
+        for c in range(0, width, LANES):
+            prefetch_to_write(x, at + i * lines[array, 2] + c)
+
+
+@inner
 def _gather(scores, lane, size, rest, row):  # type: ignore[no-untyped-def]
     """One query's scores side by side, then `rest` up to whole vectors."""
     for j in range(size):
@@ -100,9 +119,12 @@ def _mix(weights, b, there, line, n, like):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
-    """Outputs of the heads from `first` to `last`, and the maxima of their scaled scores, [heads N]."""
-    p = pair_size(q)
+def _forward(q, k, v, out, stats, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
+    """Outputs of the heads from `first` to `last`; `stats`, [2, heads N]: a query's largest scaled score, in powers
+
+    of 2, and the factor that makes its weights sum to 1.
+    """
+    p, every = pair_size(q), len(stats) // 2
     scale = np.float32(width**-0.5 / math.log(2))
     wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
     deep, block = up(width, p) // p, block_of(size, p)
@@ -112,8 +134,14 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
     a, b, y, x = words(keys), words(queries), words(values), words(narrow_room(scores, q))
     shares, row, one = np.empty(block, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
     turned, whole = np.empty(LANES * LANES, np.float32), _num_whole(tokens)
+    expects = heads * max(tokens, size) * width <= MAX_EXPECTED
     for head in range(first, last):
         at_q, at = place_of(lines, 0, heads, head), place_of(lines, 3, heads, head)
+        if expects and head + heads < last:
+            _expect(q, 0, lines, heads, head, tokens, width)
+            _expect(k, 1, lines, heads, head, size, width)
+            _expect(v, 2, lines, heads, head, size, width)
+            _expect_result(out, 3, lines, heads, head, tokens, width)
         pack_left(k, place_of(lines, 1, heads, head), lines[1, 2], size, width, keys)
         pack_along(v, place_of(lines, 2, heads, head), lines[2, 2], size, width, y)
         for i in range(0, whole, block):
@@ -130,10 +158,12 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
                     e, e2 = weight_of(scores, j + c, scale, m), weight_of(scores, j + c + lanes, scale, m)
                     total, total2 = total + e, total2 + e2
                     store_joined(x, j // p + c, lanes, e, e2)
-                store(shares, c, 1.0 / (total + total2))
-                store_part(tops, head * tokens + i + c, few - c, m)
+                share, query = 1.0 / (total + total2), head * tokens + i + c
+                store(shares, c, share)
+                store_part(stats, query, few - c, m)
+                store_part(stats, every + query, few - c, share)
             for r in range(0, width, TILE):
-                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes)
+                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes, width - r)
             write_across(mixed, lanes, turned, shares, out, at + i * lines[3, 2], lines[3, 2], few, width)
         if whole < tokens:
             pack_lanes(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, LANES, b)
@@ -148,11 +178,11 @@ def _forward(q, k, v, out, tops, lines, heads, tokens, size, width, first, last)
                 e = weight_of(row, j, scale, m1)
                 total = total + e
                 write(one, j, LANES, e)
-            tops[head * tokens + i] = m1
-            share = np.float32(1) / total_of(total)
+            share1, query = np.float32(1) / total_of(total), head * tokens + i
+            stats[query], stats[every + query] = m1, share1
             for c in range(0, wide, LANES):
                 place = at + i * lines[3, 2] + c
-                write(out, place, width - c, _mix(words(one), y, c, wide, n // p, scores) * share)
+                write(out, place, width - c, _mix(words(one), y, c, wide, n // p, scores) * share1)
 
 
 @kernel
@@ -161,105 +191,112 @@ def forward(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _backward(q, k, v, dout, tops, dq, dk, dv, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
+def _backward(q, k, v, out, dout, stats, dq, dk, dv, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
     """Gradients of q, k and v for the heads from `first` to `last`: with the weights P = softmax(scale q k^T),
 
-    dv = P^T dout,  dS = P (dP - sum(P dP)) with dP = dout v^T,  dq = scale dS k,  dk = scale dS^T q.
+    dv = P^T dout,  dS = P (dout v^T - sum(dout out)),  dq = scale dS k,  dk = scale dS^T q.
+
+    Here lanes are keys: what is a query's own is known, and two of three products of dS and P need no sums in memory.
     """
-    p = pair_size(q)
+    p, every = pair_size(q), len(stats) // 2
     factor = np.float32(width**-0.5)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
-    deep, block = up(width, p) // p, block_of(size, p)
-    left = np.zeros((2, rows * deep * p + LANES), q.dtype)
-    across, along = np.empty((2, block * deep * p), q.dtype), np.empty((2, block * wide), q.dtype)
-    k_left, v_left, k_along = words(left[0]), words(left[1]), words(np.zeros(rows * wide, q.dtype))
-    q_across, dout_across, q_along, dout_along = words(across[0]), words(across[1]), words(along[0]), words(along[1])
-    # Of all keys and a block of queries: the weights and the gradient of the scores, this also with keys in pairs.
+    wide, rows, n = up(width, LANES), up(tokens, LANES), up(tokens, 2)
+    deep, block = up(width, p) // p, block_of(tokens, p)
+    queries, upstream = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * deep * p + LANES, q.dtype)
+    q_left, dout_left = words(queries), words(upstream)
+    q_along, dout_along = words(np.zeros(rows * wide, q.dtype)), words(np.zeros(rows * wide, q.dtype))
+    k_across, v_across = words(np.empty(block * deep * p, q.dtype)), words(np.empty(block * deep * p, q.dtype))
+    k_along = words(np.empty(block * wide, q.dtype))
+    # Of all queries and a block of keys: the weights with queries in pairs, the gradient of the scores with both.
     scores, products = np.empty((rows + TILE) * block, np.float32), np.empty((rows + TILE) * block, np.float32)
-    weights, ds = narrow_room(scores, q), narrow_room(products, q)
-    weights_left, ds_left, ds_pairs = words(weights), words(ds), words(narrow_room(ds, q))
-    dkeys, dvalues = np.empty(rows * wide, np.float32), np.empty(rows * wide, np.float32)
+    weights, ds = words(narrow_room(scores, q)), narrow_room(products, q)
+    ds_left, ds_pairs = words(ds), words(narrow_room(ds, q))
+    dqueries, tops = np.empty(rows * wide, np.float32), np.zeros(rows, np.float32)
+    shares, means = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
     mixed, turned = np.empty(wide * block, np.float32), np.empty(LANES * LANES, np.float32)
-    row, drow, one = np.empty(rows, np.float32), np.empty(rows, np.float32), np.empty(rows, q.dtype)
-    factors, whole = np.full(block, factor), _num_whole(tokens)
+    factors, ones, whole = np.full(block, factor), np.ones(block, np.float32), _num_whole(size)
+    # Of one key alone: itself and its value, and of all queries its weights and the gradients of its scores.
+    key, value = np.empty(deep * p + LANES, q.dtype), np.empty(deep * p + LANES, q.dtype)
+    weight, dscore, drow = np.empty(rows, q.dtype), np.empty(rows, q.dtype), np.empty(rows, np.float32)
+    one_key, one_value, one_weight, one_dscore = words(key), words(value), words(weight), words(dscore)
+    expects = heads * max(tokens, size) * width <= MAX_EXPECTED
     for head in range(first, last):
         at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
         at_v, at_out = place_of(lines, 2, heads, head), place_of(lines, 3, heads, head)
-        pack_left(k, at_k, lines[1, 2], size, width, left[0])
-        pack_left(v, at_v, lines[2, 2], size, width, left[1])
-        pack_along(k, at_k, lines[1, 2], size, width, k_along)
-        at_dq, at_dk, at_dv = (
-            place_of(lines, 4, heads, head), place_of(lines, 5, heads, head), place_of(lines, 6, heads, head)
-        )  # fmt: skip
-        dkeys[:] = 0
-        dvalues[:] = 0
+        at_dout, at_dq = place_of(lines, 4, heads, head), place_of(lines, 5, heads, head)
+        at_dk, at_dv = place_of(lines, 6, heads, head), place_of(lines, 7, heads, head)
+        if expects and head + heads < last:
+            _expect(q, 0, lines, heads, head, tokens, width)
+            _expect(k, 1, lines, heads, head, size, width)
+            _expect(v, 2, lines, heads, head, size, width)
+            _expect(out, 3, lines, heads, head, tokens, width)
+            _expect(dout, 4, lines, heads, head, tokens, width)
+            _expect_result(dq, 5, lines, heads, head, tokens, width)
+            _expect_result(dk, 6, lines, heads, head, size, width)
+            _expect_result(dv, 7, lines, heads, head, size, width)
+        pack_left(q, at_q, lines[0, 2], tokens, width, queries)
+        pack_left(dout, at_dout, lines[4, 2], tokens, width, upstream)
+        pack_along(q, at_q, lines[0, 2], tokens, width, q_along)
+        pack_along(dout, at_dout, lines[4, 2], tokens, width, dout_along)
+        for j in range(tokens):
+            tops[j], shares[j] = stats[head * tokens + j], stats[every + head * tokens + j]
+            total = splat(0.0, scores)
+            for c in range(0, width, LANES):
+                here = read(out, at_out + j * lines[3, 2] + c, width - c)
+                total = total + here * read(dout, at_dout + j * lines[4, 2] + c, width - c)
+            means[j] = total_of(total)
+        dqueries[:] = 0
         for i in range(0, whole, block):
             few = min(block, whole - i)
             lanes = up(few, LANES)
-            x, upstream = at_q + i * lines[0, 2], at_out + i * lines[3, 2]
-            pack_both(q, x, lines[0, 2], few, width, lanes, q_across, q_along)
-            pack_both(dout, upstream, lines[3, 2], few, width, lanes, dout_across, dout_along)
-            transposed_product(k_left, q_across, size, deep, lanes, scores)
-            transposed_product(v_left, dout_across, size, deep, lanes, products)
-            if size % 2:
-                products[size * lanes : (size + 1) * lanes] = 0
-            for c in range(0, lanes, LANES):
-                # Weights of queries that are not there must be finite, to come to nothing.
-                m, zero = load_part(tops, head * tokens + i + c, few - c, np.inf), splat(0.0, scores)
-                total, total2, mean, mean2 = zero, zero, zero, zero
-                for j in range(c, n * lanes, 2 * lanes):
-                    e, e2 = weight_of(scores, j, scale, m), weight_of(scores, j + lanes, scale, m)
-                    store(scores, j, e)
-                    store(scores, j + lanes, e2)
-                    total, total2 = total + e, total2 + e2
-                    mean, mean2 = fma(e, load(products, j), mean), fma(e2, load(products, j + lanes), mean2)
-                share = 1.0 / (total + total2)
-                mean = (mean + mean2) * share
-                for row_of_pair in range(0, n * lanes, 2 * lanes):
-                    j = row_of_pair + c
-                    e, e2 = load(scores, j) * share, load(scores, j + lanes) * share
-                    store_two(weights, j, j + lanes, e, e2)
-                    e, e2 = e * (load(products, j) - mean), e2 * (load(products, j + lanes) - mean)
-                    store_both(ds, ds_pairs, row_of_pair, c, lanes, e, e2)
+            pack_both(k, at_k + i * lines[1, 2], lines[1, 2], few, width, lanes, k_across, k_along)
+            pack_lanes(v, at_v + i * lines[2, 2], lines[2, 2], few, width, lanes, v_across)
+            transposed_product(q_left, k_across, tokens, deep, lanes, scores)
+            transposed_product(dout_left, v_across, tokens, deep, lanes, products)
+            if tokens % 2:
+                products[tokens * lanes : (tokens + 1) * lanes] = 0
+            for j in range(0, n, 2):
+                for c in range(0, lanes, LANES):
+                    at = j * lanes + c
+                    e = weight_of(scores, at, scale, tops[j]) * shares[j]
+                    e2 = weight_of(scores, at + lanes, scale, tops[j + 1]) * shares[j + 1]
+                    store_joined(weights, j * lanes // p + c, lanes, e, e2)
+                    e, e2 = e * (load(products, at) - means[j]), e2 * (load(products, at + lanes) - means[j + 1])
+                    store_both(ds, ds_pairs, j * lanes, c, lanes, e, e2)
             for r in range(0, width, TILE):
-                multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes)
-            write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)
-            add_outer(weights_left, lanes // p, dout_along, wide, size, dvalues)
-            add_outer(ds_left, lanes // p, q_along, wide, size, dkeys)
-        if whole < tokens:
-            x, upstream, few = at_q + whole * lines[0, 2], at_out + whole * lines[3, 2], tokens - whole
-            pack_lanes(q, x, lines[0, 2], few, width, LANES, q_across)
-            pack_lanes(dout, upstream, lines[3, 2], few, width, LANES, dout_across)
-            transposed_product(k_left, q_across, size, deep, LANES, scores)
-            transposed_product(v_left, dout_across, size, deep, LANES, products)
-        for i in range(whole, tokens):
-            _gather(scores, i - whole, size, -np.inf, row)
-            _gather(products, i - whole, size, 0.0, drow)
-            m1, total, mean = tops[head * tokens + i], splat(0.0, scores), splat(0.0, scores)
-            for j in range(0, size, LANES):
-                e = weight_of(row, j, scale, m1)
-                store(row, j, e)
-                total, mean = total + e, fma(e, load(drow, j), mean)
-            share1 = np.float32(1) / total_of(total)
-            mean1 = total_of(mean) * share1
-            for j in range(0, size, LANES):
-                e = load(row, j) * share1
-                store(row, j, e)
-                e = e * (load(drow, j) - mean1)
+                multiply_lanes(q_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes, width - r)
+            write_across(mixed, lanes, turned, factors, dk, at_dk + i * lines[6, 2], lines[6, 2], few, width)
+            for r in range(0, width, TILE):
+                multiply_lanes(dout_along, r, 1, wide, weights, lanes, n // p, mixed, r * lanes, width - r)
+            write_across(mixed, lanes, turned, ones, dv, at_dv + i * lines[7, 2], lines[7, 2], few, width)
+            add_outer(ds_left, lanes // p, k_along, wide, tokens, dqueries)
+        for i in range(whole, size):
+            x, y = at_k + i * lines[1, 2], at_v + i * lines[2, 2]
+            pack_left(k, x, 0, 1, width, key)
+            pack_left(v, y, 0, 1, width, value)
+            for j in range(0, tokens, LANES):
+                pack_lanes(q, at_q + j * lines[0, 2], lines[0, 2], tokens - j, width, LANES, k_across)
+                pack_lanes(dout, at_dout + j * lines[4, 2], lines[4, 2], tokens - j, width, LANES, v_across)
+                score, product = splat(0.0, scores), splat(0.0, scores)
+                for t in range(deep):
+                    score = multiply_add(one_key, t, load(k_across, t * LANES), score)
+                    product = multiply_add(one_value, t, load(v_across, t * LANES), product)
+                e = exp2(fma(score, scale, 0.0 - load(tops, j))) * load(shares, j)
+                write(weight, j, LANES, e)
+                # The only key's weight is 1 whatever its score: rounding must not make a gradient of that.
+                e = e * (product - (load(means, j) if size > 1 else product))
+                write(dscore, j, LANES, e)
                 store(drow, j, e)
-                write(one, j, LANES, e)
             for c in range(0, wide, LANES):
-                place = at_dq + i * lines[4, 2] + c
-                write(dq, place, width - c, _mix(words(one), k_along, c, wide, n // p, scores) * factor)
-                query = read(q, at_q + i * lines[0, 2] + c, width - c)
-                gradient = read(dout, at_out + i * lines[3, 2] + c, width - c)
-                for j in range(size):
-                    at = j * wide + c
-                    store(dkeys, at, fma(query, drow[j], load(dkeys, at)))
-                    store(dvalues, at, fma(gradient, row[j], load(dvalues, at)))
-        write_rows(dkeys, factor, dk, at_dk, lines[5, 2], size, width)
-        write_rows(dvalues, np.float32(1), dv, at_dv, lines[6, 2], size, width)
+                found = _mix(one_dscore, q_along, c, wide, n // p, scores) * factor
+                write(dk, at_dk + i * lines[6, 2] + c, width - c, found)
+                found = _mix(one_weight, dout_along, c, wide, n // p, scores)
+                write(dv, at_dv + i * lines[7, 2] + c, width - c, found)
+                here = read(k, x + c, width - c)
+                for j in range(tokens):
+                    store(dqueries, j * wide + c, fma(here, drow[j], load(dqueries, j * wide + c)))
+        write_rows(dqueries, factor, dq, at_dq, lines[5, 2], tokens, width)
 
 
 @kernel

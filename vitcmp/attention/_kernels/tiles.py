@@ -32,6 +32,8 @@ from vitcmp.attention._kernels.simd import (
 
 TILE = 8
 """Rows of a product that are summed together."""
+HALF = TILE // 2
+"""The same where no more are left: enough to hide how long a sum takes."""
 
 
 def pair_size(x):  # type: ignore[no-untyped-def]
@@ -136,12 +138,12 @@ def store_two(out, place, place2, first, second):  # type: ignore[no-untyped-def
     store(out, place2, rounded(second, out))
 
 
-def _tile(vectors: int, adds: bool) -> Any:
+def _tile(vectors: int, adds: bool, rows: int = TILE) -> Any:
     @intrinsic
     def multiply(typing, a, at, row, step, b, there, line, n, out, place, width):  # type: ignore[no-untyped-def]
         def build(context, builder, sig, args):  # type: ignore[no-untyped-def]
             a_array, at, row, step, b_array, there, line, n, out_array, place, width = args
-            tile = [(i, v) for i in range(TILE) for v in range(vectors)]
+            tile = [(i, v) for i in range(rows) for v in range(vectors)]
 
             def target(i: int, v: int) -> Any:
                 there = builder.add(place, builder.mul(width, width.type(i)))
@@ -159,7 +161,7 @@ def _tile(vectors: int, adds: bool) -> Any:
                     builder.load(vector_at(context, builder, b, b_array, builder.add(y, y.type(v * LANES))), align=4)
                     for v in range(vectors)
                 ]
-                for i in range(TILE):
+                for i in range(rows):
                     value = builder.load(builder.gep(data, [builder.add(x, builder.mul(row, row.type(i)))]))
                     value = spread(builder, value)
                     for v in range(vectors):
@@ -187,6 +189,11 @@ multiply_onto = _tile(1, adds=True)
 multiply_two = _tile(2, adds=False)
 """The same for twice as many columns: in bf16 a third quicker."""
 multiply_two_onto = _tile(2, adds=True)
+_multiply_half, _multiply_half_onto, _multiply_two_half = (
+    _tile(1, False, HALF),
+    _tile(1, True, HALF),
+    _tile(2, False, HALF),
+)
 
 
 @inner
@@ -262,9 +269,13 @@ def pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
 
 
 @inner(forceinline=True)
-def multiply_lanes(a, at, row, step, b, lanes, n, out, place):  # type: ignore[no-untyped-def]
-    """TILE rows of a times b, [n, lanes], with LANES or PANEL lanes."""
-    if lanes == PANEL:
+def multiply_lanes(a, at, row, step, b, lanes, n, out, place, few):  # type: ignore[no-untyped-def]
+    """TILE rows of a, of which at least `few` are wanted, times b, [n, lanes], with LANES or PANEL lanes."""
+    if few <= HALF and lanes == PANEL:
+        _multiply_two_half(a, at, row, step, b, 0, PANEL, n, out, place, PANEL)
+    elif few <= HALF:
+        _multiply_half(a, at, row, step, b, 0, LANES, n, out, place, LANES)
+    elif lanes == PANEL:
         multiply_two(a, at, row, step, b, 0, PANEL, n, out, place, PANEL)
     else:
         multiply(a, at, row, step, b, 0, LANES, n, out, place, LANES)
@@ -274,7 +285,7 @@ def multiply_lanes(a, at, row, step, b, lanes, n, out, place):  # type: ignore[n
 def transposed_product(a, b, size, deep, lanes, out):  # type: ignore[no-untyped-def]
     """out [M, lanes] = all keys' rows of a, times the queries' columns of b; -inf for a key that makes M even."""
     for j in range(0, size, TILE):
-        multiply_lanes(a, j * deep, deep, 1, b, lanes, deep, out, j * lanes)
+        multiply_lanes(a, j * deep, deep, 1, b, lanes, deep, out, j * lanes, size - j)
     if size % 2:
         out[size * lanes : (size + 1) * lanes] = -np.inf
 
@@ -303,7 +314,10 @@ def add_outer(left, line, along, wide, size, out):  # type: ignore[no-untyped-de
     """out [M, wide] += all keys' rows of left, [M, line], times the queries of `along`."""
     for c in range(0, wide, LANES):
         for j in range(0, size, TILE):
-            multiply_onto(left, j * line, line, 1, along, c, wide, line, out, j * wide + c, wide)
+            if size - j <= HALF:
+                _multiply_half_onto(left, j * line, line, 1, along, c, wide, line, out, j * wide + c, wide)
+            else:
+                multiply_onto(left, j * line, line, 1, along, c, wide, line, out, j * wide + c, wide)
 
 
 @inner
