@@ -5,7 +5,7 @@ Axes are B N D for tokens and B H N K inside a head: batch, heads, tokens, head 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,36 @@ class LayerConfig:
         return self.dim // self.num_heads
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor whose equal chunks along the last axis these are, in the same memory; None if they are not."""
+    first, width = parts[0], parts[0].shape[-1]
+    if type(first) is not Tensor:
+        return None  # torch's compiler is at work, for which nothing lies anywhere yet
+    facts = {(x.untyped_storage().data_ptr(), x.storage_offset() - i * width, x.shape, x.stride())
+             for i, x in enumerate(parts)}  # fmt: skip
+    tokens, line = first.shape[-2], len(parts) * width
+    if len(facts) > 1 or first.stride() != (tokens * line, line, 1):
+        return None
+    return first.as_strided((len(first), tokens, line), first.stride())
+
+
+class _Thirds(torch.autograd.Function):
+    """[B, N, 3 D] -> three of [B, N, D], whose gradients are copied together only where they do not lie so."""
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        return x.chunk(3, dim=-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        whole = None if torch.is_grad_enabled() else joined(gradients)
+        return torch.cat(gradients, dim=-1) if whole is None else whole
+
+
 class MultiHead(nn.Module):
     """Query, key, value and output projections around a core: [B, N, D] -> [B, N, D].
 
@@ -109,7 +139,7 @@ class MultiHead(nn.Module):
         """What the output projection reads; with a norm, of norm(x), whose `then(linear, x)` is linear(norm(x))."""
         batch, tokens, dim = x.shape
         if self.merged:
-            projected = (self.qkv(x) if norm is None else norm.then(self.qkv, x)).chunk(3, dim=-1)
+            projected = _Thirds.apply(self.qkv(x) if norm is None else norm.then(self.qkv, x))
         else:
             x = x if norm is None else norm(x)
             q = self.q(x)

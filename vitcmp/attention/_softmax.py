@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention._kernels.operators import differentiable, memory, operator
 from vitcmp.attention._kernels.threads import share_out
+from vitcmp.attention._multihead import joined
 
 MIN_SCORES = 2**15
 """Scores below which a second thread costs more than it brings."""
@@ -28,7 +29,10 @@ def attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @operator("vitcmp::softmax_attention")
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16, and facts of its rows, [2, B H, N]."""
+    """The attention of q, [B, H, N, K], to k and v, [B, H, M, K], in fp32 or bf16.
+
+    And the largest score and the weights' common factor of each query, [2, B H, N], for backward.
+    """
     from vitcmp.attention._kernels import softmax as cpu
 
     q, k, v = (side_by_side(x) for x in (q, k, v))
@@ -44,20 +48,37 @@ def _results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @operator("vitcmp::softmax_attention_backward")
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor) -> list[Tensor]:
-    """Gradients of q, k and v."""
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, together: bool
+) -> list[Tensor]:
+    """Gradients of q, k and v, or one tensor of all three, [B, N, 3, H, K]."""
     from vitcmp.attention._kernels import softmax as cpu
 
     q, k, v, out, dout = inputs = [side_by_side(x) for x in (q, k, v, out, dout)]
-    gradients = [empty_like(x) for x in (q, k, v)]
+    results = _gradients(dout, q, k, v, out, stats, together)
+    gradients = _apart(results[0]) if together else results
     arrays = *map(memory, (*inputs, stats, *gradients)), lines_of(*inputs, *gradients), *sizes(q, k)
     share_out(cpu.backward, stats.shape[1], num_threads(q, k), *arrays)
-    return gradients
+    return results
 
 
 @_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor) -> list[Tensor]:
-    return [empty_like(x) for x in (q, k, v)]
+def _gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, together: bool
+) -> list[Tensor]:
+    batch, heads, tokens, width = q.shape
+    return [q.new_empty(batch, tokens, 3, heads, width)] if together else [empty_like(x) for x in (q, k, v)]
+
+
+def _together(inputs: list[Tensor]) -> bool:
+    """Whether q, k and v are one projection's."""
+    heads_adjoin = all(x.stride(1) == x.shape[-1] for x in inputs)
+    return heads_adjoin and joined([x.transpose(1, 2).flatten(2) for x in inputs]) is not None
+
+
+def _apart(whole: Tensor) -> list[Tensor]:
+    """Three of [B, H, N, K] from what has them together."""
+    return [x.transpose(1, 2) for x in whole.unbind(2)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -71,7 +92,9 @@ def _differentiate(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Ten
         return (None,) * 3
     if torch.is_grad_enabled():
         return differentiable(attend_at_once, tuple(inputs), dout)
-    return tuple(_backward(dout, *inputs, out, stats))
+    if _together(inputs):
+        return tuple(_apart(*_backward(dout, *inputs, out, stats, True)))
+    return tuple(_backward(dout, *inputs, out, stats, False))
 
 
 attend.register_autograd(_differentiate, setup_context=_setup_context)

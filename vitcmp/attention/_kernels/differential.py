@@ -161,9 +161,8 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
                     store_both(ds[1], ds_pairs[1], row, c, lanes, f, f2)
             for m in range(2):
                 for r in range(0, half, TILE):
-                    multiply_lanes(
-                        words(k_along[m]), r, 1, narrow, ds_pairs[m], lanes, n // p, mixed, r * lanes, width - r
-                    )
+                    left, right = words(k_along[m]), ds_pairs[m]
+                    multiply_lanes(left, r, 1, narrow, right, lanes, n // p, mixed, r * lanes, half - r)
                 at = at_dq + i * lines[4, 2] + m * half
                 write_across(mixed, lanes, turned, factors, dq, at, lines[4, 2], few, half)
                 add_outer(words(ds[m]), lanes // p, words(q_along[m]), narrow, size, dkeys[m])

@@ -189,11 +189,8 @@ multiply_onto = _tile(1, adds=True)
 multiply_two = _tile(2, adds=False)
 """The same for twice as many columns: in bf16 a third quicker."""
 multiply_two_onto = _tile(2, adds=True)
-_multiply_half, _multiply_half_onto, _multiply_two_half = (
-    _tile(1, False, HALF),
-    _tile(1, True, HALF),
-    _tile(2, False, HALF),
-)
+_multiply_half, _multiply_half_onto = _tile(1, adds=False, rows=HALF), _tile(1, adds=True, rows=HALF)
+_multiply_two_half = _tile(2, adds=False, rows=HALF)
 
 
 @inner
@@ -270,7 +267,7 @@ def pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
 
 @inner(forceinline=True)
 def multiply_lanes(a, at, row, step, b, lanes, n, out, place, few):  # type: ignore[no-untyped-def]
-    """TILE rows of a, of which at least `few` are wanted, times b, [n, lanes], with LANES or PANEL lanes."""
+    """TILE rows of a, or the first `few` at least, times b, [n, lanes], with LANES or PANEL lanes."""
     if few <= HALF and lanes == PANEL:
         _multiply_two_half(a, at, row, step, b, 0, PANEL, n, out, place, PANEL)
     elif few <= HALF:
