@@ -16,7 +16,7 @@ from vitcmp.attention._kernels.softmax import block_of, place_of, weight_of
 from vitcmp.attention._kernels.tiles import (
     TILE,
     add_outer,
-    multiply_lanes,
+    multiply_rows,
     narrow_room,
     pack_along,
     pack_both,
@@ -75,8 +75,7 @@ def _forward(q, k, v, share, out, tops, lines, heads, tokens, size, width, first
                     store_joined(x, j // p + c, lanes, e, e2)
                 store_part(tops, head * tokens + i + c, few - c, top1)
                 store_part(tops, every + head * tokens + i + c, few - c, top2)
-            for r in range(0, width, TILE):
-                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes, width - r)
+            multiply_rows(y, 1, wide, x, lanes, n // p, mixed, width)
             write_across(mixed, lanes, turned, ones, out, at + i * lines[3, 2], lines[3, 2], few, width)
 
 
@@ -160,9 +159,7 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
                     f, f2 = f * (mean2 - d), f2 * (mean2 - d2)
                     store_both(ds[1], ds_pairs[1], row, c, lanes, f, f2)
             for m in range(2):
-                for r in range(0, half, TILE):
-                    left, right = words(k_along[m]), ds_pairs[m]
-                    multiply_lanes(left, r, 1, narrow, right, lanes, n // p, mixed, r * lanes, half - r)
+                multiply_rows(words(k_along[m]), 1, narrow, ds_pairs[m], lanes, n // p, mixed, half)
                 at = at_dq + i * lines[4, 2] + m * half
                 write_across(mixed, lanes, turned, factors, dq, at, lines[4, 2], few, half)
                 add_outer(words(ds[m]), lanes // p, words(q_along[m]), narrow, size, dkeys[m])

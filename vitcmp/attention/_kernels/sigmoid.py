@@ -15,7 +15,7 @@ from vitcmp.attention._kernels.softmax import block_of, place_of
 from vitcmp.attention._kernels.tiles import (
     TILE,
     add_outer,
-    multiply_lanes,
+    multiply_rows,
     narrow_room,
     pack_along,
     pack_both,
@@ -63,8 +63,7 @@ def _forward(q, k, v, out, lines, heads, tokens, size, width, bias, first, last)
                 for j in range(0, n * lanes, 2 * lanes):
                     w, w2 = _weight(scores, j + c, scale, base), _weight(scores, j + c + lanes, scale, base)
                     store_joined(x, j // p + c, lanes, w, w2)
-            for r in range(0, width, TILE):
-                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes, width - r)
+            multiply_rows(y, 1, wide, x, lanes, n // p, mixed, width)
             write_across(mixed, lanes, turned, ones, out, at + i * lines[3, 2], lines[3, 2], few, width)
 
 
@@ -121,8 +120,7 @@ def _backward(q, k, v, dout, dq, dk, dv, lines, heads, tokens, size, width, bias
                     store_two(weights, j, j2, w, w2)
                     w, w2 = w * (1.0 - w) * load(products, j), w2 * (1.0 - w2) * load(products, j2)
                     store_both(ds, ds_pairs, row, c, lanes, w, w2)
-            for r in range(0, width, TILE):
-                multiply_lanes(k_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes, width - r)
+            multiply_rows(k_along, 1, wide, ds_pairs, lanes, n // p, mixed, width)
             write_across(mixed, lanes, turned, factors, dq, at_dq + i * lines[4, 2], lines[4, 2], few, width)
             add_outer(words(weights), lanes // p, dout_along, wide, size, dvalues)
             add_outer(words(ds), lanes // p, q_along, wide, size, dkeys)

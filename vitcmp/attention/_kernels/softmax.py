@@ -35,7 +35,7 @@ from vitcmp.attention._kernels.tiles import (
     PANEL,
     TILE,
     add_outer,
-    multiply_lanes,
+    multiply_rows,
     narrow_room,
     pack_along,
     pack_both,
@@ -162,8 +162,7 @@ def _forward(q, k, v, out, stats, lines, heads, tokens, size, width, first, last
                 store(shares, c, share)
                 store_part(stats, query, few - c, m)
                 store_part(stats, every + query, few - c, share)
-            for r in range(0, width, TILE):
-                multiply_lanes(y, r, 1, wide, x, lanes, n // p, mixed, r * lanes, width - r)
+            multiply_rows(y, 1, wide, x, lanes, n // p, mixed, width)
             write_across(mixed, lanes, turned, shares, out, at + i * lines[3, 2], lines[3, 2], few, width)
         if whole < tokens:
             pack_lanes(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, LANES, b)
@@ -264,11 +263,9 @@ def _backward(q, k, v, out, dout, stats, dq, dk, dv, lines, heads, tokens, size,
                     store_joined(weights, j * lanes // p + c, lanes, e, e2)
                     e, e2 = e * (load(products, at) - means[j]), e2 * (load(products, at + lanes) - means[j + 1])
                     store_both(ds, ds_pairs, j * lanes, c, lanes, e, e2)
-            for r in range(0, width, TILE):
-                multiply_lanes(q_along, r, 1, wide, ds_pairs, lanes, n // p, mixed, r * lanes, width - r)
+            multiply_rows(q_along, 1, wide, ds_pairs, lanes, n // p, mixed, width)
             write_across(mixed, lanes, turned, factors, dk, at_dk + i * lines[6, 2], lines[6, 2], few, width)
-            for r in range(0, width, TILE):
-                multiply_lanes(dout_along, r, 1, wide, weights, lanes, n // p, mixed, r * lanes, width - r)
+            multiply_rows(dout_along, 1, wide, weights, lanes, n // p, mixed, width)
             write_across(mixed, lanes, turned, ones, dv, at_dv + i * lines[7, 2], lines[7, 2], few, width)
             add_outer(ds_left, lanes // p, k_along, wide, tokens, dqueries)
         for i in range(whole, size):

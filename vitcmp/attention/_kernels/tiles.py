@@ -266,23 +266,36 @@ def pack_left(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
 
 
 @inner(forceinline=True)
-def multiply_lanes(a, at, row, step, b, lanes, n, out, place, few):  # type: ignore[no-untyped-def]
-    """TILE rows of a, or the first `few` at least, times b, [n, lanes], with LANES or PANEL lanes."""
-    if few <= HALF and lanes == PANEL:
-        _multiply_two_half(a, at, row, step, b, 0, PANEL, n, out, place, PANEL)
-    elif few <= HALF:
-        _multiply_half(a, at, row, step, b, 0, LANES, n, out, place, LANES)
-    elif lanes == PANEL:
+def multiply_lanes(a, at, row, step, b, lanes, n, out, place):  # type: ignore[no-untyped-def]
+    """TILE rows of a times b, [n, lanes], with LANES or PANEL lanes."""
+    if lanes == PANEL:
         multiply_two(a, at, row, step, b, 0, PANEL, n, out, place, PANEL)
     else:
         multiply(a, at, row, step, b, 0, LANES, n, out, place, LANES)
 
 
+@inner(forceinline=True)
+def multiply_rows(a, row, step, b, lanes, n, out, rows):  # type: ignore[no-untyped-def]
+    """out [rows, lanes] = a b, and anything in rows that make up a tile."""
+    whole = whole_tiles(rows)
+    for j in range(0, whole, TILE):
+        multiply_lanes(a, j * row, row, step, b, lanes, n, out, j * lanes)
+    if whole < rows and lanes == PANEL:
+        _multiply_two_half(a, whole * row, row, step, b, 0, PANEL, n, out, whole * PANEL, PANEL)
+    elif whole < rows:
+        _multiply_half(a, whole * row, row, step, b, 0, LANES, n, out, whole * LANES, LANES)
+
+
+@inner(forceinline=True)
+def whole_tiles(rows):  # type: ignore[no-untyped-def]
+    """Rows that come in whole tiles; what is left takes half a tile, if any."""
+    return (rows + HALF - 1) // TILE * TILE
+
+
 @inner
 def transposed_product(a, b, size, deep, lanes, out):  # type: ignore[no-untyped-def]
     """out [M, lanes] = all keys' rows of a, times the queries' columns of b; -inf for a key that makes M even."""
-    for j in range(0, size, TILE):
-        multiply_lanes(a, j * deep, deep, 1, b, lanes, deep, out, j * lanes, size - j)
+    multiply_rows(a, deep, 1, b, lanes, deep, out, size)
     if size % 2:
         out[size * lanes : (size + 1) * lanes] = -np.inf
 
@@ -309,12 +322,12 @@ def pack_both(x, at, line, few, width, lanes, across, along):  # type: ignore[no
 @inner
 def add_outer(left, line, along, wide, size, out):  # type: ignore[no-untyped-def]
     """out [M, wide] += all keys' rows of left, [M, line], times the queries of `along`."""
+    whole = whole_tiles(size)
     for c in range(0, wide, LANES):
-        for j in range(0, size, TILE):
-            if size - j <= HALF:
-                _multiply_half_onto(left, j * line, line, 1, along, c, wide, line, out, j * wide + c, wide)
-            else:
-                multiply_onto(left, j * line, line, 1, along, c, wide, line, out, j * wide + c, wide)
+        for j in range(0, whole, TILE):
+            multiply_onto(left, j * line, line, 1, along, c, wide, line, out, j * wide + c, wide)
+        if whole < size:
+            _multiply_half_onto(left, whole * line, line, 1, along, c, wide, line, out, whole * wide + c, wide)
 
 
 @inner
