@@ -97,7 +97,7 @@ def attend_in_torch(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, convex: bool
 
     Large ones go in blocks of queries, each computed again in the backward pass. Differentiable twice.
     """
-    rows = max(16, MAX_TORCH_SCORES // (q.shape[0] * q.shape[1] * q.shape[2]))
+    rows = max(16, MAX_TORCH_SCORES // max(1, q.shape[0] * q.shape[1] * q.shape[2]))
 
     def attend(block: Tensor) -> Tensor:
         scores = block * block.shape[-1] ** -0.5 @ k.transpose(-2, -1)
@@ -122,7 +122,7 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor) -> Tensor:
 def _groups(heads: int, tokens: int) -> tuple[int, int]:
     """Heads of a group, and queries of a block."""
     if tokens**2 <= MAX_SCORES:
-        return min(heads, MAX_SCORES // tokens**2), tokens
+        return max(1, min(heads, MAX_SCORES // tokens**2)), tokens
     return 1, max(32, MAX_SCORES // tokens)
 
 

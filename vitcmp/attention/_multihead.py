@@ -70,8 +70,8 @@ class LayerConfig:
 def joined(parts: Sequence[Tensor]) -> Tensor | None:
     """The tensor whose equal chunks along the last axis these are, in the same memory; None if they are not."""
     first, width = parts[0], parts[0].shape[-1]
-    if type(first) is not Tensor:
-        return None  # torch's compiler is at work, for which nothing lies anywhere yet
+    if torch.compiler.is_compiling() or type(first) is not Tensor:
+        return None  # what is traced lies nowhere yet
     facts = {(x.untyped_storage().data_ptr(), x.storage_offset() - i * width, x.shape, x.stride())
              for i, x in enumerate(parts)}  # fmt: skip
     tokens, line = first.shape[-2], len(parts) * width
@@ -84,12 +84,8 @@ class _Thirds(torch.autograd.Function):
     """[B, N, 3 D] -> three of [B, N, D], whose gradients are copied together only where they do not lie so."""
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
         return x.chunk(3, dim=-1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
-        pass
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -144,7 +140,7 @@ class MultiHead(nn.Module):
             x = x if norm is None else norm(x)
             q = self.q(x)
             projected = (q, q if self.shared_qk else self.k(x), self.v(x))
-        q, k, v = (y.view(batch, tokens, self.num_heads, -1).transpose(1, 2) for y in projected)  # [B, H, N, K]
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)  # [B, H, N, K]
         mixed = self.core(q, k, v)  # [B, H, N, K]
         if self.after is not None:
             mixed = self.after(mixed, v)

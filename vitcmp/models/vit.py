@@ -46,7 +46,7 @@ class PatchEmbedding(nn.Module):
         batch, channels, height, width = x.shape
         p = self.patch
         x = x.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        return self.proj(x.reshape(batch, -1, channels * p * p))
+        return self.proj(x.flatten(3).flatten(1, 2))
 
 
 class DropPath(nn.Module):

@@ -8,13 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 
 class Operator:
-    """As `torch.library.custom_op`, but the first call does not import torch's compiler, which takes a second."""
+    """As `torch.library.custom_op`, but the first call does not import torch's compiler, which takes a second.
+
+    And where none of torch's tools looks on, a call goes past its dispatcher, whose Python takes as long as a kernel
+    does for an image or two.
+    """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
+        self.function = self.direct = function
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(name, "CompositeExplicitAutograd", function)
@@ -22,7 +28,7 @@ class Operator:
         self.overload = getattr(getattr(torch.ops, namespace), short).default
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
+        return (self.overload if _observed(args) else self.direct)(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function that gives results of the right shapes, without their numbers."""
@@ -32,6 +38,35 @@ class Operator:
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """As `torch.library.register_autograd`."""
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+        function = self.function
+
+        class Direct(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                found = function(*args)
+                setup_context(ctx, args, found)
+                ctx.gives_list = isinstance(found, list)
+                return tuple(found) if ctx.gives_list else found
+
+            @staticmethod
+            def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+                found = backward(ctx, list(upstream)) if ctx.gives_list else backward(ctx, *upstream)
+                # torch.library wants a gradient of each tensor in a list that was given, autograd none of the list.
+                return tuple(None if isinstance(x, list) else x for x in found)
+
+        self.direct = Direct.apply
+
+
+def _observed(args: tuple[Any, ...]) -> bool:
+    """Whether torch's compiler, a mode (a counter of operations is one), a transform or the profiler must see the call.
+
+    Or what is no plain tensor in memory.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    if torch._C._are_functorch_transforms_active() or torch.autograd.profiler._is_profiler_enabled:
+        return True
+    return any(isinstance(x, Tensor) and (type(x) not in (Tensor, Parameter) or x.device.type != "cpu") for x in args)
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
@@ -50,6 +85,8 @@ def differentiable(
 
 def memory(x: Tensor) -> np.ndarray:
     """The memory from the first to the last number of a tensor, for a kernel; bf16 as int16."""
-    last = sum((size - 1) * line for size, line in zip(x.shape, x.stride(), strict=True))
-    flat = x.detach().as_strided((last + 1,), (1,))
-    return (flat.view(torch.int16) if x.dtype == torch.bfloat16 else flat).numpy()
+    flat = x.detach()
+    if not x.is_contiguous():
+        last = sum((size - 1) * line for size, line in zip(x.shape, x.stride(), strict=True))
+        flat = flat.as_strided((last + 1,), (1,))
+    return (flat.view(torch.int16) if x.dtype == torch.bfloat16 else flat).numpy().reshape(-1)
