@@ -170,3 +170,9 @@ def test_a_model_with_windows_follows_another_grid_without_warnings(name: str) -
     logits = larger(torch.randn(2, 1, 20, 20, generator=torch.Generator().manual_seed(0)))
     assert logits.isfinite().all()
     assert math.isclose(float(relative(resized(larger, 8).head.weight, model.head.weight)), 0)
+
+
+def test_another_number_of_tokens_is_refused() -> None:
+    block = make_block("local", make_layer(TokenGrid(4, 4, 1)))
+    with pytest.raises(AttentionError, match="24 queries of 25 tokens where 16 of 17 were expected"):
+        block(torch.zeros(1, 25, make_layer().dim))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitcmp import attention
 from vitcmp.attention import DegenerateWarning
 from vitcmp.configs import ModelConfig, UserError
 from vitcmp.models.vit import DropPath, PatchEmbedding, ViT, build_model, resized
@@ -151,6 +152,15 @@ def test_impossible_models_are_refused(settings: dict[str, Any], message: str) -
 def test_images_must_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match="do not fit a model made for"):
         small()(torch.randn(shape))
+
+
+@pytest.mark.parametrize("spec", attention.available(own=True))
+def test_no_images_give_no_logits(spec: str) -> None:
+    model = small(attention=spec)
+    logits = model(torch.zeros(0, 1, 8, 8))
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from vitcmp.attention import AttentionError
 from vitcmp.attention._kernels.operators import operator
 from vitcmp.attention._kernels.threads import share_out
 from vitcmp.attention._multihead import wide
@@ -21,6 +22,8 @@ class Pairs(nn.Module):
     """(q of [B, H, P, K], k and v of [B, H, N, K]) -> the answers, [B, H, P, K], in fp32 at least.
 
     `keys`, [P, J], are the tokens that each query attends to, the same for all heads.
+
+    Raises: AttentionError for any other number of tokens.
     """
 
     def __init__(self, keys: Tensor, num_tokens: int) -> None:
@@ -34,6 +37,11 @@ class Pairs(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         batch_and_heads, links = q.shape[:2], list(self.buffers())
+        found, wanted = (q.shape[2], k.shape[2]), (len(links[0]), len(links[3]) - 1)
+        if found != wanted:
+            raise AttentionError(
+                f"{found[0]} queries of {found[1]} tokens where {wanted[0]} of {wanted[1]} were expected"
+            )
         q, k, v = (wide(x).flatten(0, 1).contiguous() for x in (q * q.shape[-1] ** -0.5, k, v))
         weights = product("scores", q, k, links).softmax(dim=-1)  # [B H, P, J]
         return product("mixed", F.dropout(weights, dropout), v, links).unflatten(0, batch_and_heads)

@@ -96,7 +96,7 @@ class LSHAttention(nn.Module):
         mixed = weights.to(v.dtype) @ values  # [B, H, R, C, m, K]
 
         # Back in the order of the tokens, the rounds come to one scale and are summed.
-        first = torch.arange(order.shape[2], device=q.device).unsqueeze(-1) * highest[0, 0, 0].numel()
+        first = torch.arange(order.shape[2], device=q.device).unsqueeze(-1) * highest.shape[3:].numel()
         mixed, total, highest = (take(x.flatten(2, 4), first + slots) for x in (mixed, total, highest))
         scale = (highest - highest.amax(dim=2, keepdim=True)).exp()  # [B, H, R, N, 1]
         return ((scale * mixed).sum(dim=2) / (scale * total).sum(dim=2)).to(v.dtype)
