@@ -2,9 +2,9 @@
 
 q, k, v and gradients are flat memory of fp32 or of bf16 (as int16); `lines` [arrays, 3] says how far apart images,
 heads and tokens lie in each, and the K numbers of a token lie side by side. In bf16 the weights are rounded to it
-before they meet the values. Lanes of a vector are queries, so that maxima and sums over the keys, M of them, need no
-step across lanes. The kernels hold no locks and no state; threads call them on heads of their own. Where a score is
-not finite, so is its row: a diverging model must show.
+before they meet the values. Forward, lanes of a vector are queries, so that maxima and sums over the keys, M of them,
+need no step across lanes; backward, where these are known, lanes are keys. The kernels hold no locks and no state;
+threads call them on heads of their own. Where a score is not finite, so is its row: a diverging model must show.
 """
 
 from __future__ import annotations
@@ -70,40 +70,35 @@ def weight_of(scores, j, scale, top):  # type: ignore[no-untyped-def]
 
 @inner
 def _num_whole(tokens):  # type: ignore[no-untyped-def]
-    """Queries that come as vectors; what is left over comes one at a time where a vector would be all but empty."""
+    """Tokens that come as vectors; what is left over comes one at a time where a vector would be all but empty."""
     left_over = tokens % LANES
     return tokens - left_over if left_over <= MAX_LEFT_OVER else tokens
 
 
 @inner
 def block_of(size, p):  # type: ignore[no-untyped-def]
-    """Queries that come together: the wide tile pays in bf16, as long as their scores stay in a core's cache."""
+    """Tokens that come together: the wide tile pays in bf16, as long as their scores stay in a core's cache."""
     return PANEL if p == 2 and size <= 1024 else LANES
 
 
 @inner
-def _expect(x, array, lines, heads, head, rows, width):  # type: ignore[no-untyped-def]
+def _expect(x, array, lines, heads, head, rows, width, writes):  # type: ignore[no-untyped-def]
     """The same head of the next image is brought into cache: from one image to the next, its rows lie far apart."""
     at = place_of(lines, array, heads, head + heads)
     for i in range(rows):
         for c in range(0, width, LANES):
-            prefetch(x, at + i * lines[array, 2] + c)
+            if writes:
+                prefetch_to_write(x, at + i * lines[array, 2] + c)
+            else:
+                prefetch(x, at + i * lines[array, 2] + c)
 
 
 @inner
-def _expect_result(x, array, lines, heads, head, rows, width):  # type: ignore[no-untyped-def]
-    at = place_of(lines, array, heads, head + heads)
-    for i in range(rows):
-        for c in range(0, width, LANES):
-            prefetch_to_write(x, at + i * lines[array, 2] + c)
-
-
-@inner
-def _gather(scores, lane, size, rest, row):  # type: ignore[no-untyped-def]
-    """One query's scores side by side, then `rest` up to whole vectors."""
+def _gather(scores, lane, size, row):  # type: ignore[no-untyped-def]
+    """One query's scores side by side, then -inf up to whole vectors."""
     for j in range(size):
         row[j] = scores[j * LANES + lane]
-    row[size:] = rest
+    row[size:] = -np.inf
 
 
 @inner
@@ -120,9 +115,9 @@ def _mix(weights, b, there, line, n, like):  # type: ignore[no-untyped-def]
 
 @inner
 def _forward(q, k, v, out, stats, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
-    """Outputs of the heads from `first` to `last`; `stats`, [2, heads N]: a query's largest scaled score, in powers
+    """Outputs of the heads from `first` to `last`, and facts of their queries in `stats`, [2, heads N]:
 
-    of 2, and the factor that makes its weights sum to 1.
+    the largest scaled score, as a power of 2, and the factor that makes the weights sum to 1.
     """
     p, every = pair_size(q), len(stats) // 2
     scale = np.float32(width**-0.5 / math.log(2))
@@ -138,10 +133,10 @@ def _forward(q, k, v, out, stats, lines, heads, tokens, size, width, first, last
     for head in range(first, last):
         at_q, at = place_of(lines, 0, heads, head), place_of(lines, 3, heads, head)
         if expects and head + heads < last:
-            _expect(q, 0, lines, heads, head, tokens, width)
-            _expect(k, 1, lines, heads, head, size, width)
-            _expect(v, 2, lines, heads, head, size, width)
-            _expect_result(out, 3, lines, heads, head, tokens, width)
+            _expect(q, 0, lines, heads, head, tokens, width, False)
+            _expect(k, 1, lines, heads, head, size, width, False)
+            _expect(v, 2, lines, heads, head, size, width, False)
+            _expect(out, 3, lines, heads, head, tokens, width, True)
         pack_left(k, place_of(lines, 1, heads, head), lines[1, 2], size, width, keys)
         pack_along(v, place_of(lines, 2, heads, head), lines[2, 2], size, width, y)
         for i in range(0, whole, block):
@@ -168,7 +163,7 @@ def _forward(q, k, v, out, stats, lines, heads, tokens, size, width, first, last
             pack_lanes(q, at_q + whole * lines[0, 2], lines[0, 2], tokens - whole, width, LANES, b)
             transposed_product(a, b, size, deep, LANES, scores)
         for i in range(whole, tokens):
-            _gather(scores, i - whole, size, -np.inf, row)
+            _gather(scores, i - whole, size, row)
             top, total = splat(-np.inf, scores), splat(0.0, scores)
             for j in range(0, size, LANES):
                 top = larger(top, load(row, j))
@@ -195,7 +190,7 @@ def _backward(q, k, v, out, dout, stats, dq, dk, dv, lines, heads, tokens, size,
 
     dv = P^T dout,  dS = P (dout v^T - sum(dout out)),  dq = scale dS k,  dk = scale dS^T q.
 
-    Here lanes are keys: what is a query's own is known, and two of three products of dS and P need no sums in memory.
+    With keys as lanes, dk and dv are whole after one block of them, and only dq is summed up in memory.
     """
     p, every = pair_size(q), len(stats) // 2
     factor = np.float32(width**-0.5)
@@ -226,14 +221,14 @@ def _backward(q, k, v, out, dout, stats, dq, dk, dv, lines, heads, tokens, size,
         at_dout, at_dq = place_of(lines, 4, heads, head), place_of(lines, 5, heads, head)
         at_dk, at_dv = place_of(lines, 6, heads, head), place_of(lines, 7, heads, head)
         if expects and head + heads < last:
-            _expect(q, 0, lines, heads, head, tokens, width)
-            _expect(k, 1, lines, heads, head, size, width)
-            _expect(v, 2, lines, heads, head, size, width)
-            _expect(out, 3, lines, heads, head, tokens, width)
-            _expect(dout, 4, lines, heads, head, tokens, width)
-            _expect_result(dq, 5, lines, heads, head, tokens, width)
-            _expect_result(dk, 6, lines, heads, head, size, width)
-            _expect_result(dv, 7, lines, heads, head, size, width)
+            _expect(q, 0, lines, heads, head, tokens, width, False)
+            _expect(k, 1, lines, heads, head, size, width, False)
+            _expect(v, 2, lines, heads, head, size, width, False)
+            _expect(out, 3, lines, heads, head, tokens, width, False)
+            _expect(dout, 4, lines, heads, head, tokens, width, False)
+            _expect(dq, 5, lines, heads, head, tokens, width, True)
+            _expect(dk, 6, lines, heads, head, size, width, True)
+            _expect(dv, 7, lines, heads, head, size, width, True)
         pack_left(q, at_q, lines[0, 2], tokens, width, queries)
         pack_left(dout, at_dout, lines[4, 2], tokens, width, upstream)
         pack_along(q, at_q, lines[0, 2], tokens, width, q_along)
