@@ -78,3 +78,21 @@ def test_what_does_not_lie_together_is_not_joined() -> None:
     assert joined([first[:, :4], second[:, :4], third[:, :4]]) is None
     assert equals(joined([first[:1], second[:1], third[:1]]), x[:1])
     assert joined([first.contiguous(), second.contiguous(), third.contiguous()]) is None
+
+
+def test_transforms_of_torch_go_through_a_block() -> None:
+    block = make_block("softmax:impl=naive")
+    merged = make_block("softmax:impl=merged")
+    x = torch.randn(3, 17, DIM, generator=torch.Generator().manual_seed(0))
+    for each in (block, merged):
+        gradient = torch.func.grad(lambda image, block=each: block(image[None]).square().sum())
+        separate = torch.stack([gradient(image) for image in x])
+        assert torch.allclose(torch.func.vmap(gradient)(x), separate, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_block_is_no_constant() -> None:
+    block = make_block("softmax:impl=numba")
+    x, y = torch.randn(2, 2, 17, DIM, generator=torch.Generator().manual_seed(0))
+    traced = torch.jit.trace(block, x, check_trace=False)
+    assert torch.allclose(traced(y), block(y), atol=1e-6)

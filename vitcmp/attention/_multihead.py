@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
+from vitcmp.attention._kernels.operators import observed
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class MultiHead(nn.Module):
         """What the output projection reads; with a norm, of norm(x), whose `then(linear, x)` is linear(norm(x))."""
         batch, tokens, dim = x.shape
         if self.merged:
-            projected = _Thirds.apply(self.qkv(x) if norm is None else norm.then(self.qkv, x))
+            qkv = self.qkv(x) if norm is None else norm.then(self.qkv, x)
+            projected = qkv.chunk(3, dim=-1) if observed((qkv,)) else _Thirds.apply(qkv)
         else:
             x = x if norm is None else norm(x)
             q = self.q(x)

@@ -28,7 +28,7 @@ class Operator:
         self.overload = getattr(getattr(torch.ops, namespace), short).default
 
     def __call__(self, *args: Any) -> Any:
-        return (self.overload if _observed(args) else self.direct)(*args)
+        return (self.overload if observed(args) else self.direct)(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function that gives results of the right shapes, without their numbers."""
@@ -57,14 +57,16 @@ class Operator:
         self.direct = Direct.apply
 
 
-def _observed(args: tuple[Any, ...]) -> bool:
-    """Whether torch's compiler, a mode (a counter of operations is one), a transform or the profiler must see the call.
+def observed(args: tuple[Any, ...]) -> bool:
+    """Whether torch's compiler, tracer or profiler, a mode (a counter of operations is one) or a transform looks on,
 
-    Or what is no plain tensor in memory.
+    or one of these is no plain tensor in memory.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
     if torch._C._are_functorch_transforms_active() or torch.autograd.profiler._is_profiler_enabled:
+        return True
+    if torch.jit.is_tracing():
         return True
     return any(isinstance(x, Tensor) and (type(x) not in (Tensor, Parameter) or x.device.type != "cpu") for x in args)
 
