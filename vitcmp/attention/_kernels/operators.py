@@ -20,7 +20,7 @@ class Operator:
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name = name
-        self.function = self.direct = function
+        self.direct = function
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(name, "CompositeExplicitAutograd", function)
@@ -38,7 +38,7 @@ class Operator:
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
         """As `torch.library.register_autograd`."""
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
-        function = self.function
+        function = self.direct
 
         class Direct(torch.autograd.Function):
             @staticmethod
