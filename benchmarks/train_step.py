@@ -61,6 +61,8 @@ class Side:
     """Form of vitcmp's softmax."""
     pool: str = "cls"
     """mean: vitcmp without a class token, as SimpleViT."""
+    whole: bool = False
+    """Of vitcmp's own: all tokens go through the last MLP, as in evaluation, which without dropout is the same."""
 
     def __str__(self) -> str:
         facts = [self.precision, f"{self.micro_batch} at a time", "fused AdamW" if self.fused else "plain AdamW"]
@@ -156,6 +158,7 @@ def choose_sides(
                 ours, micro_batch=32 if large else batch_size
             ),
             "one lane": replace(ours, lanes=False),
+            "all tokens to the end": replace(ours, whole=True),
             "plain AdamW": replace(ours, fused=False),
             "explicit scores": replace(ours, impl="merged"),
             "fused attention": replace(ours, impl="fused"),
@@ -188,7 +191,7 @@ def make_step(side: Side, config: RunConfig, data: Data) -> Callable[[], object]
         model: nn.Module = ViT(replace(config.model, attention=impl, pool=side.pool))
     else:
         model = PEERS[side.model](config.model)
-    model.train()
+    model.train(not side.whole)
     if side.fused:
         optimizer: torch.optim.Optimizer = make_optimizer(model, c, CPU)
     else:

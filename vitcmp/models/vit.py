@@ -107,8 +107,19 @@ def _is_watched(*modules: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
 
 
+def _all(x: Tensor) -> Tensor:
+    return x
+
+
+def _first(x: Tensor) -> Tensor:
+    return x[:, :1]
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): [B, N, dim] -> [B, N, dim]."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): [B, N, dim] -> [B, N, dim].
+
+    With `first_alone`, the first token alone goes on after the attention, which is of all: [B, N, dim] -> [B, 1, dim].
+    """
 
     def __init__(self, dim: int, mlp_dim: int, mixer: nn.Module, dropout: float, drop_path: float) -> None:
         super().__init__()
@@ -119,16 +130,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first_alone: bool = False) -> Tensor:
+        going_on = _first if first_alone else _all
         if self.training and (self.dropout.p or self.drop_path.probability):
-            x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
+            x = going_on(x + self.drop_path(self.dropout(self.attention(self.norm1(x)))))
             return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
         mixer = self.attention
         # One with a way of its own from tokens to tokens goes it.
         if isinstance(mixer, MultiHead) and type(mixer).forward is MultiHead.forward and not _is_watched(mixer):
-            x = add(x, mixer.mix(x, self.norm1), mixer.out)
+            x = add(going_on(x), going_on(mixer.mix(x, self.norm1)), mixer.out)
         else:
-            x = x + mixer(self.norm1(x))
+            x = going_on(x + mixer(self.norm1(x)))
         return self.mlp.add(x, self.norm2)
 
 
@@ -137,6 +149,9 @@ class ViT(nn.Module):
 
     Every parameter's initial value depends on (seed, its name) alone, so two models that differ in the mechanism
     start from the same weights wherever they share a name.
+
+    In training with a class token, which alone the head reads, it alone goes through what follows the last attention:
+    the same logits and gradients for less work. In evaluation all tokens do.
 
     Raises: AttentionError where a mechanism cannot work with these sizes.
     """
@@ -195,10 +210,16 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         x = self.dropout(x + self.pos_embed)
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
+        x = last(x, first_alone=self._reads_first_alone())
         x = self.norm(x[:, 0] if self.config.pool == "cls" else x)
         return self.head(x if self.config.pool == "cls" else x.mean(dim=1))
+
+    def _reads_first_alone(self) -> bool:
+        """Whether nobody needs other tokens than the first after the last attention: in training with a class token."""
+        return self.config.pool == "cls" and self.training and torch.is_grad_enabled()
 
     def _forward_with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         if reason := self.no_map:
