@@ -35,6 +35,7 @@ from vitcmp.configs import PRESETS, ModelConfig, RunConfig, resolve_run
 from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
 from vitcmp.metrics.inference import micro_batch
+from vitcmp.models import _normed
 from vitcmp.models.vit import ViT
 from vitcmp.workflows.train import Schedule, keeps_memory, lanes, make_optimizer, train_step
 
@@ -57,6 +58,8 @@ class Side:
     compiled: bool = False
     augment: bool = False
     """The pipeline's work is in the measured time."""
+    passes: bool = True
+    """Of vitcmp's own: LayerNorm and what follows it in one pass, where this CPU would."""
     impl: str = "auto"
     """Form of vitcmp's softmax."""
     pool: str = "cls"
@@ -160,6 +163,7 @@ def choose_sides(
             "one lane": replace(ours, lanes=False),
             "all tokens to the end": replace(ours, whole=True),
             "plain AdamW": replace(ours, fused=False),
+            "layers operation by operation": replace(ours, passes=False),
             "explicit scores": replace(ours, impl="merged"),
             "fused attention": replace(ours, impl="fused"),
             "compiled": replace(ours, compiled=True),
@@ -225,6 +229,8 @@ def work(side: Side, settings: tuple[str, int], threads: int, pipe: Connection) 
     torch.set_num_threads(threads)
     if side.keep:
         machine.keep_freed_memory()
+    if not side.passes:
+        _normed.WIDE_VECTORS.update(dict.fromkeys(_normed.WIDE_VECTORS, False))
     config = make_config(*settings)
     # What an earlier run compiled must not shorten this one's start.
     with tempfile.TemporaryDirectory() as cache:

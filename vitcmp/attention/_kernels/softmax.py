@@ -53,6 +53,8 @@ from vitcmp.attention._kernels.tiles import (
 
 MAX_LEFT_OVER = 2
 """Tokens after the last whole vector of them that come one at a time: a class token often makes one."""
+MAX_QUERIES = 1024
+"""Queries that come together backward: of more, what every block of keys reads would not stay in a core's cache."""
 MAX_EXPECTED = 2**16
 """Numbers of an image and array up to which the next image is brought into cache while this one is at work."""
 
@@ -185,24 +187,40 @@ def forward(team, *args):  # type: ignore[no-untyped-def]
 
 
 @inner
+def _nothing(size, wide, wanted):  # type: ignore[no-untyped-def]
+    """Room for blocks of a head's keys, if wanted."""
+    return np.zeros(up(size, PANEL) * wide if wanted else 0, np.float32)
+
+
+@inner
+def _carry(mixed, kept, at, n):  # type: ignore[no-untyped-def]
+    """Adds what was kept from `at` on to n numbers, and keeps the sums."""
+    for c in range(0, n, LANES):
+        total = load(mixed, c) + load(kept, at + c)
+        store(mixed, c, total)
+        store(kept, at + c, total)
+
+
+@inner
 def _backward(q, k, v, out, dout, stats, dq, dk, dv, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
     """Gradients of q, k and v for the heads from `first` to `last`: with the weights P = softmax(scale q k^T),
 
     dv = P^T dout,  dS = P (dout v^T - sum(dout out)),  dq = scale dS k,  dk = scale dS^T q.
 
-    With keys as lanes, dk and dv are whole after one block of them, and only dq is summed up in memory.
+    With keys as lanes, a block of dk and dv is whole after all queries, and only dq is summed up in memory. Where
+    queries come in parts, so are dk and dv.
     """
     p, every = pair_size(q), len(stats) // 2
     factor = np.float32(width**-0.5)
     scale = np.float32(width**-0.5 / math.log(2))
-    wide, rows, n = up(width, LANES), up(tokens, LANES), up(tokens, 2)
-    deep, block = up(width, p) // p, block_of(tokens, p)
+    most = min(tokens, MAX_QUERIES)
+    wide, rows, deep, block = up(width, LANES), up(most, LANES), up(width, p) // p, block_of(most, p)
     queries, upstream = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * deep * p + LANES, q.dtype)
     q_left, dout_left = words(queries), words(upstream)
     q_along, dout_along = words(np.zeros(rows * wide, q.dtype)), words(np.zeros(rows * wide, q.dtype))
     k_across, v_across = words(np.empty(block * deep * p, q.dtype)), words(np.empty(block * deep * p, q.dtype))
     k_along = words(np.empty(block * wide, q.dtype))
-    # Of all queries and a block of keys: the weights with queries in pairs, the gradient of the scores with both.
+    # Of a part of the queries and a block of keys: the weights with queries in pairs, the scores' gradient with both.
     scores, products = np.empty((rows + TILE) * block, np.float32), np.empty((rows + TILE) * block, np.float32)
     weights, ds = words(narrow_room(scores, q)), narrow_room(products, q)
     ds_left, ds_pairs = words(ds), words(narrow_room(ds, q))
@@ -214,6 +232,9 @@ def _backward(q, k, v, out, dout, stats, dq, dk, dv, lines, heads, tokens, size,
     key, value = np.empty(deep * p + LANES, q.dtype), np.empty(deep * p + LANES, q.dtype)
     weight, dscore, drow = np.empty(rows, q.dtype), np.empty(rows, q.dtype), np.empty(rows, np.float32)
     one_key, one_value, one_weight, one_dscore = words(key), words(value), words(weight), words(dscore)
+    # Of all keys, what the parts before this one gave.
+    parted = most < tokens
+    kept_k, kept_v = _nothing(size, wide, parted), _nothing(size, wide, parted)
     expects = heads * max(tokens, size) * width <= MAX_EXPECTED
     for head in range(first, last):
         at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
@@ -229,66 +250,81 @@ def _backward(q, k, v, out, dout, stats, dq, dk, dv, lines, heads, tokens, size,
             _expect(dq, 5, lines, heads, head, tokens, width, True)
             _expect(dk, 6, lines, heads, head, size, width, True)
             _expect(dv, 7, lines, heads, head, size, width, True)
-        pack_left(q, at_q, lines[0, 2], tokens, width, queries)
-        pack_left(dout, at_dout, lines[4, 2], tokens, width, upstream)
-        pack_along(q, at_q, lines[0, 2], tokens, width, q_along)
-        pack_along(dout, at_dout, lines[4, 2], tokens, width, dout_along)
-        for j in range(tokens):
-            tops[j], shares[j] = stats[head * tokens + j], stats[every + head * tokens + j]
-            total = splat(0.0, scores)
-            for c in range(0, width, LANES):
-                here = read(out, at_out + j * lines[3, 2] + c, width - c)
-                total = total + here * read(dout, at_dout + j * lines[4, 2] + c, width - c)
-            means[j] = total_of(total)
-        dqueries[:] = 0
-        for i in range(0, whole, block):
-            few = min(block, whole - i)
-            lanes = up(few, LANES)
-            pack_both(k, at_k + i * lines[1, 2], lines[1, 2], few, width, lanes, k_across, k_along)
-            pack_lanes(v, at_v + i * lines[2, 2], lines[2, 2], few, width, lanes, v_across)
-            transposed_product(q_left, k_across, tokens, deep, lanes, scores)
-            transposed_product(dout_left, v_across, tokens, deep, lanes, products)
-            if tokens % 2:
-                products[tokens * lanes : (tokens + 1) * lanes] = 0
-            for j in range(0, n, 2):
-                for c in range(0, lanes, LANES):
-                    at = j * lanes + c
-                    e = weight_of(scores, at, scale, tops[j]) * shares[j]
-                    e2 = weight_of(scores, at + lanes, scale, tops[j + 1]) * shares[j + 1]
-                    store_joined(weights, j * lanes // p + c, lanes, e, e2)
-                    e, e2 = e * (load(products, at) - means[j]), e2 * (load(products, at + lanes) - means[j + 1])
-                    store_both(ds, ds_pairs, j * lanes, c, lanes, e, e2)
-            multiply_rows(q_along, 1, wide, ds_pairs, lanes, n // p, mixed, width)
-            write_across(mixed, lanes, turned, factors, dk, at_dk + i * lines[6, 2], lines[6, 2], few, width)
-            multiply_rows(dout_along, 1, wide, weights, lanes, n // p, mixed, width)
-            write_across(mixed, lanes, turned, ones, dv, at_dv + i * lines[7, 2], lines[7, 2], few, width)
-            add_outer(ds_left, lanes // p, k_along, wide, tokens, dqueries)
-        for i in range(whole, size):
-            x, y = at_k + i * lines[1, 2], at_v + i * lines[2, 2]
-            pack_left(k, x, 0, 1, width, key)
-            pack_left(v, y, 0, 1, width, value)
-            for j in range(0, tokens, LANES):
-                pack_lanes(q, at_q + j * lines[0, 2], lines[0, 2], tokens - j, width, LANES, k_across)
-                pack_lanes(dout, at_dout + j * lines[4, 2], lines[4, 2], tokens - j, width, LANES, v_across)
-                score, product = splat(0.0, scores), splat(0.0, scores)
-                for t in range(deep):
-                    score = multiply_add(one_key, t, load(k_across, t * LANES), score)
-                    product = multiply_add(one_value, t, load(v_across, t * LANES), product)
-                e = exp2(fma(score, scale, 0.0 - load(tops, j))) * load(shares, j)
-                write(weight, j, LANES, e)
-                # The only key's weight is 1 whatever its score: rounding must not make a gradient of that.
-                e = e * (product - (load(means, j) if size > 1 else product))
-                write(dscore, j, LANES, e)
-                store(drow, j, e)
-            for c in range(0, wide, LANES):
-                found = _mix(one_dscore, q_along, c, wide, n // p, scores) * factor
-                write(dk, at_dk + i * lines[6, 2] + c, width - c, found)
-                found = _mix(one_weight, dout_along, c, wide, n // p, scores)
-                write(dv, at_dv + i * lines[7, 2] + c, width - c, found)
-                here = read(k, x + c, width - c)
-                for j in range(tokens):
-                    store(dqueries, j * wide + c, fma(here, drow[j], load(dqueries, j * wide + c)))
-        write_rows(dqueries, factor, dq, at_dq, lines[5, 2], tokens, width)
+        kept_k[:], kept_v[:] = 0, 0
+        for start in range(0, tokens, most):
+            num, query = min(most, tokens - start), head * tokens + start
+            n = up(num, 2)
+            pack_left(q, at_q, lines[0, 2], num, width, queries)
+            pack_left(dout, at_dout, lines[4, 2], num, width, upstream)
+            pack_along(q, at_q, lines[0, 2], num, width, q_along)
+            pack_along(dout, at_dout, lines[4, 2], num, width, dout_along)
+            # A query that is not there has no weights.
+            tops[num:], shares[num:], means[num:] = np.inf, 0, 0
+            for j in range(num):
+                tops[j], shares[j] = stats[query + j], stats[every + query + j]
+                total = splat(0.0, scores)
+                for c in range(0, width, LANES):
+                    here = read(out, at_out + j * lines[3, 2] + c, width - c)
+                    total = total + here * read(dout, at_dout + j * lines[4, 2] + c, width - c)
+                means[j] = total_of(total)
+            dqueries[:] = 0
+            for i in range(0, whole, block):
+                few = min(block, whole - i)
+                lanes = up(few, LANES)
+                pack_both(k, at_k + i * lines[1, 2], lines[1, 2], few, width, lanes, k_across, k_along)
+                pack_lanes(v, at_v + i * lines[2, 2], lines[2, 2], few, width, lanes, v_across)
+                transposed_product(q_left, k_across, num, deep, lanes, scores)
+                transposed_product(dout_left, v_across, num, deep, lanes, products)
+                if num % 2:
+                    products[num * lanes : (num + 1) * lanes] = 0
+                for j in range(0, n, 2):
+                    for c in range(0, lanes, LANES):
+                        at = j * lanes + c
+                        e = weight_of(scores, at, scale, tops[j]) * shares[j]
+                        e2 = weight_of(scores, at + lanes, scale, tops[j + 1]) * shares[j + 1]
+                        store_joined(weights, j * lanes // p + c, lanes, e, e2)
+                        e, e2 = e * (load(products, at) - means[j]), e2 * (load(products, at + lanes) - means[j + 1])
+                        store_both(ds, ds_pairs, j * lanes, c, lanes, e, e2)
+                multiply_rows(q_along, 1, wide, ds_pairs, lanes, n // p, mixed, width)
+                if parted:
+                    _carry(mixed, kept_k, i * wide, wide * lanes)
+                write_across(mixed, lanes, turned, factors, dk, at_dk + i * lines[6, 2], lines[6, 2], few, width)
+                multiply_rows(dout_along, 1, wide, weights, lanes, n // p, mixed, width)
+                if parted:
+                    _carry(mixed, kept_v, i * wide, wide * lanes)
+                write_across(mixed, lanes, turned, ones, dv, at_dv + i * lines[7, 2], lines[7, 2], few, width)
+                add_outer(ds_left, lanes // p, k_along, wide, num, dqueries)
+            for i in range(whole, size):
+                x, y = at_k + i * lines[1, 2], at_v + i * lines[2, 2]
+                pack_left(k, x, 0, 1, width, key)
+                pack_left(v, y, 0, 1, width, value)
+                for j in range(0, num, LANES):
+                    pack_lanes(q, at_q + j * lines[0, 2], lines[0, 2], num - j, width, LANES, k_across)
+                    pack_lanes(dout, at_dout + j * lines[4, 2], lines[4, 2], num - j, width, LANES, v_across)
+                    score, product = splat(0.0, scores), splat(0.0, scores)
+                    for t in range(deep):
+                        score = multiply_add(one_key, t, load(k_across, t * LANES), score)
+                        product = multiply_add(one_value, t, load(v_across, t * LANES), product)
+                    e = exp2(fma(score, scale, 0.0 - load(tops, j))) * load(shares, j)
+                    write(weight, j, LANES, e)
+                    # The only key's weight is 1 whatever its score: rounding must not make a gradient of that.
+                    e = e * (product - (load(means, j) if size > 1 else product))
+                    write(dscore, j, LANES, e)
+                    store(drow, j, e)
+                for c in range(0, wide, LANES):
+                    store(mixed, 0, _mix(one_dscore, q_along, c, wide, n // p, scores))
+                    store(mixed, LANES, _mix(one_weight, dout_along, c, wide, n // p, scores))
+                    if parted:
+                        _carry(mixed, kept_k, i * wide + c, LANES)
+                        _carry(mixed[LANES:], kept_v, i * wide + c, LANES)
+                    write(dk, at_dk + i * lines[6, 2] + c, width - c, load(mixed, 0) * factor)
+                    write(dv, at_dv + i * lines[7, 2] + c, width - c, load(mixed, LANES))
+                    here = read(k, x + c, width - c)
+                    for j in range(num):
+                        store(dqueries, j * wide + c, fma(here, drow[j], load(dqueries, j * wide + c)))
+            write_rows(dqueries, factor, dq, at_dq, lines[5, 2], num, width)
+            at_q, at_out = at_q + num * lines[0, 2], at_out + num * lines[3, 2]
+            at_dout, at_dq = at_dout + num * lines[4, 2], at_dq + num * lines[5, 2]
 
 
 @kernel
