@@ -194,16 +194,17 @@ def test_dropout_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_multiply_adds_are_counted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images, macs = build_model(), torch.randn(8, 3, 32, 32), []
-    for wide_vectors in (True, False):
-        forms(monkeypatch, wide_vectors)
-        step = count(lambda: model(images).sum().backward())
-        macs.append((counted_macs(model, images), step.macs))
-    one_pass, plain = macs
-    assert one_pass[0] == plain[0]
-    # Backward, the MLP's first product is computed again: 65 tokens, 48 numbers, 192 hidden ones, and 3 blocks, as the
-    # last one's class tokens are too few for one pass.
-    assert one_pass[1] - plain[1] == 8 * 65 * 48 * 192 * 3
+    # All four blocks in evaluation; in training the last one's class tokens are too few for one pass.
+    for training, blocks in ((False, 4), (True, 3)):
+        model, images, macs = build_model().train(training), torch.randn(8, 3, 32, 32), []
+        for wide_vectors in (True, False):
+            forms(monkeypatch, wide_vectors)
+            step = count(lambda model=model, images=images: model(images).sum().backward())
+            macs.append((counted_macs(model, images), step.macs))
+        one_pass, plain = macs
+        assert one_pass[0] == plain[0]
+        # Backward, the MLP's first product is computed again: 65 tokens, 48 numbers, 192 hidden ones.
+        assert one_pass[1] - plain[1] == 8 * 65 * 48 * 192 * blocks
 
 
 def test_without_wide_vectors_the_kernels_compute_the_same(tmp_path: Path) -> None:

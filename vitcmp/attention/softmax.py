@@ -68,7 +68,7 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
         # Explicit weights are quick in bf16, above all of few queries or keys beside many, and the wider the heads.
         fits = min(queries, keys) >= 1024 if width > 64 else min(queries, keys) >= 64 or max(queries, keys) <= 64
     else:
-        # A head's keys must stay in a core's cache; a vector's lanes are queries, and few of them leave it empty.
+        # A head's keys must stay in the last cache; a vector's lanes are queries, and few of them leave it empty.
         fits = in_bf16 or (keys * width <= 2**20 and (queries >= 8 or width <= 32))
     if fits and width <= 128 and can_compile(q, k, v, dropout):
         return "numba"
