@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -24,10 +25,11 @@ def test_ceilings_of_this_machine_are_plausible(dtype: torch.dtype) -> None:
 
 def test_a_large_product_reaches_the_ceiling() -> None:
     a, b = torch.randn(2, 1536, 1536)
-    for _ in range(4):
-        # Both anew: what else runs on the machine may come and go between them.
-        peak = roofline.ceilings.__wrapped__(CPU, torch.float32)
-        latency_ms = 1000 * roofline.best_s(lambda: a @ b, CPU)
+    peak, latency_ms = Ceilings(0.0, 0.0), math.inf
+    for _ in range(12):
+        # The best of both so far: what else runs on the machine comes and goes, and only ever slows them down.
+        peak = max(peak, roofline.ceilings.__wrapped__(CPU, torch.float32), key=lambda found: found.gflop_s)
+        latency_ms = min(latency_ms, 1000 * roofline.best_s(lambda: a @ b, CPU))
         fraction = roofline.fraction_of_peak(2 * 1536**3 / 1e9, latency_ms, peak)
         if 0.6 < fraction < 1.2:
             return
