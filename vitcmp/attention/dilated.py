@@ -57,15 +57,23 @@ class Config:
 class DilatedAttention(nn.Module):
     """Shapes: q, k, v and the result are [B, H, N, K]."""
 
-    def __init__(self, grid: TokenGrid, dilations: tuple[int, ...], window: int, dropout: float) -> None:
+    def __init__(self, layer: LayerConfig, dilations: tuple[int, ...], window: int) -> None:
         super().__init__()
-        self.grid, self.dropout = grid, dropout
-        self.groups = nn.ModuleList(WindowedPatches(grid, *phases(grid, d, window), dropout) for d in dilations)
+        self.grid, self.dropout = layer.grid, layer.dropout
+        self.num_heads = shared_out(layer.num_heads, dilations)
+        tiles = (phases(self.grid, dilation, window) for dilation in dilations)
+        self.groups = nn.ModuleList(WindowedPatches(self.grid, *both, self.dropout) for both in tiles)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = zip(*(x.tensor_split(len(self.groups), dim=1) for x in (q, k, v)), strict=True)
+        # Not tensor_split: its gradient is one tensor of zeros per group, and their sum.
+        heads = zip(*(x.split(self.num_heads, dim=1) for x in (q, k, v)), strict=True)
         patches = torch.cat([group(*qkv) for group, qkv in zip(self.groups, heads, strict=True)], dim=1)
         return with_prefix(patches, q, k, v, self.dropout if self.training else 0.0)
+
+
+def shared_out(num_heads: int, dilations: tuple[int, ...]) -> list[int]:
+    """The heads of each dilation."""
+    return [num_heads // len(dilations) + (group < num_heads % len(dilations)) for group in range(len(dilations))]
 
 
 def phases(grid: TokenGrid, dilation: int, window: int) -> tuple[SideTiles, SideTiles]:
@@ -113,14 +121,13 @@ def build(layer: LayerConfig, config: Config) -> nn.Module:
     dilations = fitting("dilated", config.dilations, layer.grid)[: layer.num_heads]
     warn_of_dropped("dilated", config.dilations, dilations, layer)
     window = window_side(config.window_size, layer.grid)
-    return MultiHead(layer, DilatedAttention(layer.grid, dilations, window, layer.dropout))
+    return MultiHead(layer, DilatedAttention(layer, dilations, window))
 
 
 def macs(layer: LayerConfig, config: Config) -> int:
     window = window_side(config.window_size, layer.grid)
     dilations = fitting("dilated", config.dilations, layer.grid)[: layer.num_heads]
     scores = layer.num_heads * prefix_scores(layer.grid)
-    for group, dilation in enumerate(dilations):
-        heads = layer.num_heads // len(dilations) + (group < layer.num_heads % len(dilations))
+    for heads, dilation in zip(shared_out(layer.num_heads, dilations), dilations, strict=True):
         scores += heads * num_scores(layer.grid, *phases(layer.grid, dilation, window))
     return 2 * layer.head_dim * scores
