@@ -54,11 +54,12 @@ def _backward(
     """Gradients of q, k and v, or one tensor of all three, [B, N, 3, H, K]."""
     from vitcmp.attention._kernels import softmax as cpu
 
-    q, k, v, out, dout = inputs = [side_by_side(x) for x in (q, k, v, out, dout)]
+    out, *inputs = (side_by_side(x) for x in (out, q, k, v, dout))
     results = _gradients(dout, q, k, v, out, stats, together)
     gradients = _apart(results[0]) if together else results
-    arrays = *map(memory, (*inputs, stats, *gradients)), lines_of(*inputs, *gradients), *sizes(q, k)
-    share_out(cpu.backward, stats.shape[1], num_threads(q, k), *arrays)
+    given, arrays = (memory(stats), memory(out)), map(memory, (*inputs, *gradients))
+    lines = lines_of(*inputs, *gradients, out)
+    share_out(cpu.backward, stats.shape[1], num_threads(q, k), given, *arrays, lines, *sizes(q, k))
     return results
 
 

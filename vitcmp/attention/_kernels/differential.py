@@ -11,8 +11,9 @@ import math
 import numpy as np
 
 from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
+from vitcmp.attention._kernels.maps import block_of, place_of
 from vitcmp.attention._kernels.simd import LANES, fma, larger, load, load_part, splat, store, store_part
-from vitcmp.attention._kernels.softmax import block_of, place_of, weight_of
+from vitcmp.attention._kernels.softmax import weight_of
 from vitcmp.attention._kernels.tiles import (
     TILE,
     add_outer,
