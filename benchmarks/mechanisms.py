@@ -5,9 +5,10 @@
     python benchmarks/mechanisms.py --table                      # of the records that there are
 
 Eight heads of width 64 and 4,096 tokens a batch (at N = 16,384 two heads of one image), fp32, normal q, k and v; no
-projections on either side. Rivals are the plug-in mechanisms in `peers/`, measured by `vitcmp bench`: in turn in one
-worker process, each call's peak memory in a process of its own. A ratio is the fastest rival's time over ours, so above
-1 we are ahead; a rival that ran out of memory or of time has lost that size. The records go to `results/speed`.
+projections on either side (`xca`, which mixes channels, with them on both). Rivals are the plug-in mechanisms in
+`peers/`, measured by `vitcmp bench`: in turn in one worker process, each call's peak memory in a process of its own. A
+ratio is the fastest rival's time over ours, so above 1 we are ahead; a rival that ran out of memory or of time has lost
+that size. The records go to `results/speed`.
 """
 
 from __future__ import annotations

@@ -78,6 +78,16 @@ def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
             assert relative(ours, wanted) < tolerance
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+def test_the_kernels_take_any_number_of_queries_and_keys(dtype: torch.dtype, tolerance: float) -> None:
+    for queries, keys in ((65, 1), (65, 4), (18, 33), (65, 34), (1030, 1), (1025, 17), (2051, 33)):
+        q, k, v, dout = strided(2, 2, max(queries, keys), 12, dtype)
+        inputs = q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], dout[:, :, :queries]
+        exact = with_gradients(lambda *x: attend_at_once(*x, -1.0), *(x.double() for x in inputs))
+        for ours, wanted in zip(with_gradients(lambda *x: attend(*x, -1.0), *inputs), exact, strict=True):
+            assert relative(ours, wanted) < tolerance
+
+
 @pytest.mark.parametrize("scale", [30.0, 1e4])
 def test_scores_of_any_size(scale: float) -> None:
     q, k, v, dout = strided(1, 2, 20, 8, torch.float32)

@@ -37,8 +37,8 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: float) -> lis
 
     q, k, v, dout = inputs = [side_by_side(x) for x in (q, k, v, dout)]
     gradients = [empty_like(x) for x in (q, k, v)]
-    arrays = bias, *map(memory, (*inputs, *gradients)), lines_of(*inputs, *gradients), *sizes(q, k)
-    share_out(cpu.backward, q.shape[0] * q.shape[1], num_threads(q, k), *arrays)
+    arrays = *map(memory, (*inputs, *gradients)), lines_of(*inputs, *gradients), *sizes(q, k)
+    share_out(cpu.backward, q.shape[0] * q.shape[1], num_threads(q, k), bias, *arrays)
     return gradients
 
 

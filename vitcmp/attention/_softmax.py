@@ -57,8 +57,8 @@ def _backward(
     out, *inputs = (side_by_side(x) for x in (out, q, k, v, dout))
     results = _gradients(dout, q, k, v, out, stats, together)
     gradients = _apart(results[0]) if together else results
-    given, arrays = (memory(stats), memory(out)), map(memory, (*inputs, *gradients))
-    lines = lines_of(*inputs, *gradients, out)
+    given, lines = (memory(stats), memory(out)), lines_of(*inputs, *gradients, out)
+    arrays = [memory(x) for x in (*inputs, *gradients)]
     share_out(cpu.backward, stats.shape[1], num_threads(q, k), given, *arrays, lines, *sizes(q, k))
     return results
 

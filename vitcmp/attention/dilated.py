@@ -60,19 +60,19 @@ class DilatedAttention(nn.Module):
     def __init__(self, layer: LayerConfig, dilations: tuple[int, ...], window: int) -> None:
         super().__init__()
         self.grid, self.dropout = layer.grid, layer.dropout
-        self.num_heads = shared_out(layer.num_heads, dilations)
+        self.heads = heads_of(layer.num_heads, dilations)
         tiles = (phases(self.grid, dilation, window) for dilation in dilations)
-        self.groups = nn.ModuleList(WindowedPatches(self.grid, *both, self.dropout) for both in tiles)
+        self.groups = nn.ModuleList(WindowedPatches(self.grid, *sides, self.dropout) for sides in tiles)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Not tensor_split: its gradient is one tensor of zeros per group, and their sum.
-        heads = zip(*(x.split(self.num_heads, dim=1) for x in (q, k, v)), strict=True)
+        heads = zip(*(x.split(self.heads, dim=1) for x in (q, k, v)), strict=True)
         patches = torch.cat([group(*qkv) for group, qkv in zip(self.groups, heads, strict=True)], dim=1)
         return with_prefix(patches, q, k, v, self.dropout if self.training else 0.0)
 
 
-def shared_out(num_heads: int, dilations: tuple[int, ...]) -> list[int]:
-    """The heads of each dilation."""
+def heads_of(num_heads: int, dilations: tuple[int, ...]) -> list[int]:
+    """How many heads each dilation has."""
     return [num_heads // len(dilations) + (group < num_heads % len(dilations)) for group in range(len(dilations))]
 
 
@@ -128,6 +128,6 @@ def macs(layer: LayerConfig, config: Config) -> int:
     window = window_side(config.window_size, layer.grid)
     dilations = fitting("dilated", config.dilations, layer.grid)[: layer.num_heads]
     scores = layer.num_heads * prefix_scores(layer.grid)
-    for heads, dilation in zip(shared_out(layer.num_heads, dilations), dilations, strict=True):
+    for heads, dilation in zip(heads_of(layer.num_heads, dilations), dilations, strict=True):
         scores += heads * num_scores(layer.grid, *phases(layer.grid, dilation, window))
     return 2 * layer.head_dim * scores

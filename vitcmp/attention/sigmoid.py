@@ -4,7 +4,7 @@
 
 The bias makes a row sum to about 1 where scores are near 0, as softmax would; rows are free to sum to more or less
 (Ramapuram et al., 2025, section 2). The norms of queries and keys and the LayerScale with which the paper steadies some
-of its models are no part of the mechanism here. Weights exist a few queries at a time, so without an N x N matrix.
+of its models are no part of the mechanism here. Weights exist a block of tokens at a time, so without an N x N matrix.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vitcmp.attention.softmax import can_compile
 PAPER = "https://arxiv.org/abs/2409.04431"
 COST = "O(N^2 K)"
 MIN_TOKENS = 32
-"""Below, the kernels' vectors of queries are mostly empty."""
+"""Below, the kernels' vectors are mostly empty."""
 
 
 @dataclass(frozen=True)

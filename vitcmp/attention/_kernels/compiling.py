@@ -18,8 +18,10 @@ wait for its lock wake up too late for work of a tenth of a millisecond.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
@@ -34,6 +36,23 @@ options: dict[str, Any] = {
     "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "no_cfunc_wrapper": True,
 }  # fmt: skip
 inner: Any = functools.partial(njit, **options | {"no_cpython_wrapper": True})
+
+
+def forget_stale(package: Path) -> None:
+    """Lets go of kernels cached in a checkout before its newest change to what they are made of.
+
+    numba looks at the file of the kernel alone, and neither at others nor at the level of optimisation.
+    """
+    sources = [*package.glob("attention/_kernels/*.py"), *package.glob("models/_*_cpu.py")]
+    newest = max(path.stat().st_mtime for path in sources)
+    for folder in {path.parent for path in sources}:
+        for index in folder.glob("__pycache__/*.nbi"):
+            with contextlib.suppress(OSError):  # another process did, or this one may not
+                if index.stat().st_mtime < newest:
+                    index.unlink()
+
+
+forget_stale(Path(__file__).parents[2])
 
 
 def kernel(function: Callable[..., Any]) -> Any:

@@ -1,7 +1,7 @@
 """Differential attention on the CPU, compiled by numba: both maps of a head are mixed in a core's cache.
 
-Memory, lanes and number formats are as in `softmax`; a head's q and k hold two maps of `half` numbers a token side by
-side. The maps meet the values once, as one.
+Memory is as in `maps`, number formats are as in `softmax`, and lanes are queries; a head's q and k hold two maps of
+`half` numbers a token side by side. The maps meet the values once, as one.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def mix(weights, b, there, line, n, like):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _nothing(size, wide, wanted):  # type: ignore[no-untyped-def]
+def _zeros_for(size, wide, wanted):  # type: ignore[no-untyped-def]
     """Room for blocks of a head's keys, if wanted."""
     return np.zeros(up(size, PANEL) * wide if wanted else 0, np.float32)
 
@@ -111,12 +111,14 @@ def _carry(mixed, kept, at, n):  # type: ignore[no-untyped-def]
 def gradients(facts, weigh):  # type: ignore[no-untyped-def]
     """The function that computes the gradients of q, k and v for the heads from `first` to `last`: with weights P,
 
-    dv = P^T dout,  dS from P and dout v^T,  dq = scale dS k,  dk = scale dS^T q.
+    dv = P^T dout,  dS from P and dout v^T,  dq = factor dS k,  dk = factor dS^T q.
 
-    `facts(given, ahead, dout, lines, heads, head, tokens, start, num, width, tops, shares, means)` fills in what is
-    known of num queries from `start` on, and brings what it reads of the next image into cache if it is to look ahead.
-    `weigh(score, share, product, mean)` gives P and dS from scores, as powers of 2 and less their `tops`, and from
-    products dout v^T. `lines` are those of q, k, v, dout, dq, dk and dv, and then of what is given.
+    A mechanism says what its P and dS are. `weigh(score, share, product, mean)` gives both, of a vector of keys and one
+    query (or of one key and a vector of queries, so that `share` and `mean` are vectors too): `score` is log2(e) times
+    the scaled score, less the query's `tops`; `product` is dout v^T. At a score of -inf, both must be all but 0.
+    `facts(given, ahead, dout, lines, heads, head, tokens, start, num, width, tops, shares, means)` fills in what it
+    needs of num queries from `start` on, of `given`; `ahead`, it brings what it will read of the next image into cache.
+    `lines` are those of q, k, v, dout, dq, dk and dv, and then of what is given.
 
     With keys as lanes, a block of dk and dv is whole after all queries, and only dq is summed up in memory. Where
     queries come in parts, so are dk and dv.
@@ -148,7 +150,7 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
         one_key, one_value, one_weight, one_dscore = words(key), words(value), words(weight), words(dscore)
         # Of all keys, what the parts before this one gave.
         parted = most < tokens
-        kept_k, kept_v = _nothing(size, wide, parted), _nothing(size, wide, parted)
+        kept_k, kept_v = _zeros_for(size, wide, parted), _zeros_for(size, wide, parted)
         expects = heads * max(tokens, size) * width <= MAX_EXPECTED
         for head in range(first, last):
             at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
@@ -172,7 +174,7 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
                 pack_left(dout, at_dout, lines[3, 2], num, width, upstream)
                 pack_along(q, at_q, lines[0, 2], num, width, q_along)
                 pack_along(dout, at_dout, lines[3, 2], num, width, dout_along)
-                # A query that is not there has no weights.
+                # A query that is not there has scores of -inf.
                 tops[num:], shares[num:], means[num:] = np.inf, 0, 0
                 facts(given, ahead, dout, lines, heads, head, tokens, start, num, width, tops, shares, means)
                 dqueries[:] = 0
@@ -214,7 +216,7 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
                         for t in range(deep):
                             score = multiply_add(one_key, t, load(k_across, t * LANES), score)
                             product = multiply_add(one_value, t, load(v_across, t * LANES), product)
-                        # The only key's mean is its product: rounding must not make a gradient of their difference.
+                        # The only key's product is softmax's mean: rounding must not make a gradient of both.
                         mean = load(means, j) if size > 1 else product
                         w, d = weigh(fma(score, scale, 0.0 - load(tops, j)), load(shares, j), product, mean)
                         write(weight, j, LANES, w)

@@ -69,7 +69,7 @@ def forward(team, *args):  # type: ignore[no-untyped-def]
 
 @inner
 def _facts(given, ahead, dout, lines, heads, head, tokens, start, num, width, tops, shares, means):  # type: ignore[no-untyped-def]
-    """All queries' scores have the bias added."""
+    """Nothing of any query: its scores have the bias added, so its negative taken off."""
     tops[:num] = -given / math.log(2)
 
 

@@ -2,8 +2,7 @@
 
 A `Vector` has LANES lanes and lives in registers, one of 512 bits or as many narrower ones as the processor needs.
 Vectors and numbers mix under + - * / > <, a number counting for all lanes. Arrays are addressed by their flat place,
-without bounds checks. Numba caches what it compiles by the file of the function alone: after a change here, touch the
-files that import it.
+without bounds checks.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ def whole_tiles(rows):  # type: ignore[no-untyped-def]
 
 @inner
 def transposed_product(a, b, size, deep, lanes, out):  # type: ignore[no-untyped-def]
-    """out [M, lanes] = all keys' rows of a, times the queries' columns of b; -inf for a key that makes M even."""
+    """out [size, lanes] = rows of a times columns of b; -inf in the row that makes an odd size even."""
     multiply_rows(a, deep, 1, b, lanes, deep, out, size)
     if size % 2:
         out[size * lanes : (size + 1) * lanes] = -np.inf
@@ -321,7 +321,7 @@ def pack_both(x, at, line, few, width, lanes, across, along):  # type: ignore[no
 
 @inner
 def add_outer(left, line, along, wide, size, out):  # type: ignore[no-untyped-def]
-    """out [M, wide] += all keys' rows of left, [M, line], times the queries of `along`."""
+    """out [size, wide] += rows of left, [size, line], times those of `along`."""
     whole = whole_tiles(size)
     for c in range(0, wide, LANES):
         for j in range(0, whole, TILE):
