@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,14 +24,24 @@ def test_ceilings_of_this_machine_are_plausible(dtype: torch.dtype) -> None:
     assert roofline.ceilings(CPU, dtype) is found
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads of a product wait for each other wherever something else holds a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_large_product_reaches_the_ceiling() -> None:
-    a, b = torch.randn(2, 1536, 1536)
+    a, b = torch.randn(2, 768, 768)
     peak, latency_ms = Ceilings(0.0, 0.0), math.inf
     for _ in range(12):
         # The best of both so far: what else runs on the machine comes and goes, and only ever slows them down.
         peak = max(peak, roofline.ceilings.__wrapped__(CPU, torch.float32), key=lambda found: found.gflop_s)
         latency_ms = min(latency_ms, 1000 * roofline.best_s(lambda: a @ b, CPU))
-        fraction = roofline.fraction_of_peak(2 * 1536**3 / 1e9, latency_ms, peak)
+        fraction = roofline.fraction_of_peak(2 * 768**3 / 1e9, latency_ms, peak)
         if 0.6 < fraction < 1.2:
             return
     pytest.fail(f"a product reached {fraction:.2f} of the ceiling of {peak.gflop_s:.0f} GFLOP/s")
