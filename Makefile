@@ -20,7 +20,7 @@ digits: $(INSTALLED)
 		raise SystemExit(f"below 90 %: {list(low.attention)}" if len(low) else 0)'
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,26 +33,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def best_so_far(call: Callable[[], object]) -> Iterator[tuple[Ceilings, float]]:
+    """Ceilings and seconds of a call, twelve times: what runs beside them comes and goes, and only slows them down."""
+    peak, seconds = Ceilings(0.0, 0.0), math.inf
+    for _ in range(12):
+        found = roofline.ceilings.__wrapped__(CPU, torch.float32)
+        peak = Ceilings(max(peak.gflop_s, found.gflop_s), max(peak.copy_gb_s, found.copy_gb_s))
+        seconds = min(seconds, roofline.best_s(call, CPU))
+        yield peak, seconds
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_large_product_reaches_the_ceiling() -> None:
     a, b = torch.randn(2, 768, 768)
-    peak, latency_ms = Ceilings(0.0, 0.0), math.inf
-    for _ in range(12):
-        # The best of both so far: what else runs on the machine comes and goes, and only ever slows them down.
-        peak = max(peak, roofline.ceilings.__wrapped__(CPU, torch.float32), key=lambda found: found.gflop_s)
-        latency_ms = min(latency_ms, 1000 * roofline.best_s(lambda: a @ b, CPU))
-        fraction = roofline.fraction_of_peak(2 * 768**3 / 1e9, latency_ms, peak)
-        if 0.6 < fraction < 1.2:
+    for peak, seconds in best_so_far(lambda: a @ b):
+        if 0.6 < roofline.fraction_of_peak(2 * 768**3 / 1e9, 1000 * seconds, peak) < 1.2:
             return
-    pytest.fail(f"a product reached {fraction:.2f} of the ceiling of {peak.gflop_s:.0f} GFLOP/s")
+    pytest.fail(f"a product took {seconds} s under {peak}")
 
 
 def test_a_sum_of_vectors_is_held_back_by_memory() -> None:
-    peak = roofline.ceilings(CPU, torch.float32)
     x, y, total = torch.ones(3, 2**25)
-    seconds = roofline.best_s(lambda: torch.add(x, y, out=total), CPU)
-    attainable = roofline.attainable_gflop_s(1 / 12, peak)
-    assert 0.3 * attainable < x.numel() / seconds / 1e9 < 2 * attainable < 0.5 * peak.gflop_s
+    for peak, seconds in best_so_far(lambda: torch.add(x, y, out=total)):
+        attainable = roofline.attainable_gflop_s(1 / 12, peak)
+        if 0.3 * attainable < x.numel() / seconds / 1e9 < 2 * attainable < 0.5 * peak.gflop_s:
+            return
+    pytest.fail(f"a sum took {seconds} s under {peak}")
 
 
 def test_the_roof_by_hand() -> None:
