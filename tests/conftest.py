@@ -27,6 +27,15 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For what two threads slow down where something else holds a core: each step of one waits for the other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def data_dir() -> Path:
     """The folder with the real CIFAR-10 and MNIST."""
     folder = os.environ.get("VITCMP_DATA")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -49,15 +48,6 @@ def make_performer(
     core = PerformerAttention(width, features, "softmax", redraw_interval, eps, norms)
     core.reset_random_state(seed)
     return core
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Thousands of small operations are quicker on one thread, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -24,15 +24,6 @@ def test_ceilings_of_this_machine_are_plausible(dtype: torch.dtype) -> None:
     assert roofline.ceilings(CPU, dtype) is found
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Two threads of a product wait for each other wherever something else holds a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def best_so_far(call: Callable[[], object]) -> Iterator[tuple[Ceilings, float]]:
     """Ceilings and seconds of a call, twelve times: what runs beside them comes and goes, and only slows them down."""
     peak, seconds = Ceilings(0.0, 0.0), math.inf
