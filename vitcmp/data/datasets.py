@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import io
 import os
 import pickle
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from vitcmp.configs import DATASETS, DataConfig, UserError, choose, split
+from vitcmp.data.stratify import stratified_split
 
 CIFAR = {
     "cifar10": {
@@ -164,11 +166,8 @@ def _inverted(part: Split) -> Split:
 
 def _stratified(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Places kept and held out, in a fixed random order, with every class in proportion."""
-    from sklearn.model_selection import train_test_split
-
-    places = np.arange(len(labels))
     try:
-        kept, held_out = train_test_split(places, test_size=share, stratify=labels.numpy(), random_state=0)
+        kept, held_out = stratified_split(labels.numpy(), share)
     except ValueError as error:
         raise UserError(f"validation ({share}) does not split {len(labels)} images: {error}") from None
     return torch.from_numpy(kept), torch.from_numpy(held_out)
@@ -188,15 +187,14 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _digits(name: str, root: Path) -> _Raw:
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=bunch.target, random_state=0)
-    everything = Split(images, labels)
-    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    """Scikit-learn's 1,797 digits, read from its file, since its import takes a second."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    images = torch.from_numpy(np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    everything = Split(images, torch.from_numpy(table[:, -1].astype(np.int64)))
+    digest = hashlib.sha256(images.numpy().tobytes() + everything.labels.numpy().tobytes()).hexdigest()[:16]
+    train, test = stratified_split(everything.labels.numpy(), 0.2)
     names = tuple(str(i) for i in range(10))
     return _Raw(everything.take(torch.from_numpy(train)), everything.take(torch.from_numpy(test)), names, digest)
 
