@@ -2,12 +2,14 @@
 
     python benchmarks/startup.py
 
-Both against `import torch` alone, each in a fresh process, in turn.
+Both against `import torch` alone, each in a fresh process, in turn; the first round, which fills the caches of the
+disk and of Python's bytecode, does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -26,8 +28,9 @@ register_optimizer_step_post_hook(lambda *_: os._exit(0))
 
 
 def seconds(code: str, *arguments: str) -> float:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, env=environment)
     return time.perf_counter() - start
 
 
@@ -46,7 +49,7 @@ def main() -> None:
         for round_number in range(rounds + 1):
             for name, case in cases.items():
                 taken = seconds(*case)
-                if round_number:  # the first round fills the disk's cache
+                if round_number:
                     times[name].append(taken)
 
     torch_alone = statistics.median(times["import torch"])

@@ -189,7 +189,8 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _digits(name: str, root: Path) -> _Raw:
     """Scikit-learn's 1,797 digits, read from its file, since its import takes a second."""
     package = importlib.util.find_spec("sklearn")
-    assert package is not None and package.origin is not None
+    assert package is not None
+    assert package.origin is not None
     table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
     images = torch.from_numpy(np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     everything = Split(images, torch.from_numpy(table[:, -1].astype(np.int64)))
