@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import AttentionError, DegenerateWarning, LayerConfig, TokenGrid, attention_map
+from vitcmp.attention.spatial_reduction import region_means
 from vitcmp.workflows.check import GRIDS
 
 
@@ -50,6 +51,27 @@ def test_any_ratio_equals_the_twin(grid: TokenGrid, ratio: int) -> None:
     core = make_block(f"spatial-reduction:sr_ratio={ratio}", make_layer(grid)).core.double()
     q, k, v = make_qkv(grid.num_tokens)
     assert relative(core(q, k, v), spatial_reduction_twin(core, q, k, v)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("grid", "regions"),
+    [(TokenGrid(8, 8), TokenGrid(4, 4)), (TokenGrid(8, 6), TokenGrid(3, 6)), (TokenGrid(9, 23), TokenGrid(2, 5)),
+     (TokenGrid(5, 7), TokenGrid(5, 7)), (TokenGrid(4, 7), TokenGrid(1, 1))],
+    ids=str,
+)  # fmt: skip
+def test_means_and_their_gradients_are_exact(grid: TokenGrid, regions: TokenGrid) -> None:
+    p = pooling_matrix(grid, regions)
+    x = torch.randn(2, grid.num_tokens, 3, 4, dtype=torch.float64).transpose(1, 2).requires_grad_()  # as in a model
+    upstream = torch.randn(2, 3, regions.num_tokens, 4, dtype=torch.float64)
+    means = region_means(x, grid, regions)
+    torch.testing.assert_close(means, p @ x)
+    (gradient,) = torch.autograd.grad(means, x, upstream)
+    torch.testing.assert_close(gradient, p.T @ upstream)
+    assert torch.autograd.gradgradcheck(lambda x: region_means(x, grid, regions), x)
+    half = region_means(x.bfloat16(), grid, regions)
+    assert half.dtype == torch.bfloat16
+    # Summed in fp32: no error beyond that of the last rounding.
+    torch.testing.assert_close(half, (p @ x.bfloat16().double()).bfloat16(), rtol=2**-8, atol=1e-6)
 
 
 def test_ratio_one_is_softmax() -> None:

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
-from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
-from vitcmp.attention.nystromformer import segment_means
+from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, wide
 from vitcmp.attention.softmax import SoftmaxAttention
 
 PAPER = "https://arxiv.org/abs/2102.12122"
@@ -60,30 +59,55 @@ def region_means(patches: Tensor, grid: TokenGrid, regions: TokenGrid) -> Tensor
 
     Of rows and columns, the first regions are one patch longer where their number does not divide the side.
     """
-    if grid.height % regions.height == 0 and grid.width % regions.width == 0:
-        return _EvenMeans.apply(patches, grid, regions)
-    image = patches.unflatten(-2, (grid.height, grid.width))
-    rows = segment_means(image.flatten(-2), regions.height).unflatten(-1, (grid.width, -1))
-    return segment_means(rows, regions.width).flatten(-3, -2)  # from [..., regions.height, regions.width, K]
+    return _RegionMeans.apply(patches, grid, regions)
 
 
-class _EvenMeans(torch.autograd.Function):
-    """Means over equal rectangles: forward, pooling is the quickest, and backward a broadcast."""
+class _RegionMeans(torch.autograd.Function):
+    """Rows of patches are summed first, then columns; a patch's gradient is its share of its region's, in one pass."""
 
     @staticmethod
     def forward(ctx: Any, patches: Tensor, grid: TokenGrid, regions: TokenGrid) -> Tensor:
-        height, width = grid.height // regions.height, grid.width // regions.width
-        ctx.cells = (regions.height, height, regions.width, width)
-        # As images with the channels last, which is how tokens lie: no copy.
-        images = patches.transpose(-2, -1).flatten(0, -3).unflatten(-1, (grid.height, grid.width))
-        pooled = F.avg_pool2d(images, (height, width))
-        return pooled.flatten(-2).transpose(-2, -1).unflatten(0, patches.shape[:-2])
+        ctx.heights, ctx.widths = _lengths(grid.height, regions.height), _lengths(grid.width, regions.width)
+        image = wide(patches).unflatten(-2, (grid.height, grid.width))
+        sums = _segment_sums(_segment_sums(image, -3, regions.height), -2, regions.width).flatten(-3, -2)
+        return (sums / _areas(ctx.heights, ctx.widths, sums)).to(patches.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        rows, height, columns, width = ctx.cells
-        cells = (upstream / (height * width)).unflatten(-2, (rows, 1, columns, 1))
-        return cells.expand(*cells.shape[:-5], rows, height, columns, width, -1).flatten(-5, -2), None, None
+        heights, widths = ctx.heights, ctx.widths
+        areas = _areas(heights, widths, upstream)
+        shares = upstream / areas
+        if isinstance(areas, int):
+            cells = shares.unflatten(-2, (len(heights), 1, len(widths), 1))
+            return cells.expand(*cells.shape[:-4], heights[0], -1, widths[0], -1).flatten(-5, -2), None, None
+        row, column = (torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in (heights, widths))
+        region = (row.unsqueeze(-1) * len(widths) + column).flatten()  # of each patch
+        return shares.index_select(-2, region.to(upstream.device)), None, None
+
+
+def _lengths(size: int, segments: int) -> list[int]:
+    length, num_longer = divmod(size, segments)
+    return [length + 1] * num_longer + [length] * (segments - num_longer)
+
+
+def _areas(heights: list[int], widths: list[int], like: Tensor) -> Tensor | int:
+    """Patches of each region, [regions, 1]; one number where all have the same."""
+    if len(set(heights)) == len(set(widths)) == 1:
+        return heights[0] * widths[0]
+    return (like.new_tensor(heights).unsqueeze(-1) * like.new_tensor(widths)).view(-1, 1)
+
+
+def _segment_sums(x: Tensor, axis: int, segments: int) -> Tensor:
+    """Sums over contiguous segments of one axis, the first of them one longer where they do not divide it."""
+    length, num_longer = divmod(x.shape[axis], segments)
+    parts, start = [], 0
+    for count, size in ((num_longer, length + 1), (segments - num_longer, length)):
+        if count:
+            cells = x.narrow(axis, start, count * size).unflatten(axis, (count, size))
+            # Two or three are added quicker than summed.
+            parts.append(reduce(torch.add, cells.unbind(axis)) if size <= 3 else cells.sum(axis))
+            start += count * size
+    return torch.cat(parts, axis) if len(parts) > 1 else parts[0]
 
 
 def region_grid(grid: TokenGrid, sr_ratio: int) -> TokenGrid:
