@@ -80,7 +80,10 @@ class _RegionMeans(torch.autograd.Function):
         if isinstance(areas, int):
             cells = shares.unflatten(-2, (len(heights), 1, len(widths), 1))
             return cells.expand(*cells.shape[:-4], heights[0], -1, widths[0], -1).flatten(-5, -2), None, None
-        row, column = (torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in (heights, widths))
+        row, column = (
+            torch.bucketize(torch.arange(sum(lengths)), torch.tensor(lengths).cumsum(0), right=True)
+            for lengths in (heights, widths)
+        )
         region = (row.unsqueeze(-1) * len(widths) + column).flatten()  # of each patch
         return shares.index_select(-2, region.to(upstream.device)), None, None
 
