@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vitcmp import machine
 from vitcmp.attention._entmax import attend_on_cpu
-from vitcmp.metrics.memory import measure_memory
+from vitcmp.metrics.memory import measure_memory, return_freed_memory
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 MAX_EXPLICIT_TOKENS = 4096
@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--memory", action="store_true")
     options = parser.parse_args()
+    if options.memory:
+        return_freed_memory()
     print(machine.hardware(torch.device("cpu")), f"torch {torch.__version__}, scores of std {options.std}")
     for tokens in options.tokens:
         batch = max(1, 4096 // tokens)

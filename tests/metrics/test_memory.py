@@ -6,6 +6,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitcmp import machine
+from vitcmp.configs import BenchConfig, resolve_run
 from vitcmp.metrics import memory
 from vitcmp.metrics.memory import PeakMemory
+from vitcmp.metrics.workload import MemoryStation
+from vitcmp.workflows.bench import cells_of
 
 CPU = torch.device("cpu")
 MIB = 2**18
@@ -87,6 +91,7 @@ def big_parent(fork: Any) -> Iterator[None]:
 
 def allocate(mib: int, before: int = 0) -> dict[str, float | None]:
     """Memory of a call that allocates so much, in a process that allocated and freed `before`."""
+    memory.return_freed_memory()
     torch.ones(MIB).add_(1)
     torch.ones(before * MIB)
     return memory.measure_memory(CPU, lambda: torch.ones(mib * MIB))
@@ -120,8 +125,24 @@ def allocate_in_pieces(mib: int) -> dict[str, float | None]:
     def call() -> None:
         [torch.ones(MIB // 64) for _ in range(64 * mib)]
 
+    memory.return_freed_memory()
     call()
     return memory.measure_memory(CPU, call)
+
+
+def station_memory() -> dict[str, float | None]:
+    bench = BenchConfig(level="core", mode="train-step", tokens=1024, batch_size=4)
+    model = replace(resolve_run({"dataset": "fake"}).model, pool="mean", dim=512, num_heads=8)
+    (cell,) = cells_of(["agent:conv_kernel_size=0"], model, bench)
+    return MemoryStation("cpu", 2, 4096).memory(cell)
+
+
+@knows
+def test_what_a_warm_up_freed_does_not_count() -> None:
+    found = in_child(multiprocessing.get_context("spawn"), station_memory)
+    per_agent = 8 * 49 * 4 / 2**20  # MiB of a number for each of 8 heads and 49 agents
+    held = 2 * 1024 + 4 * 1024 + 2 * 4 * 64  # two biases, four images' weights, what agents are and what they collected
+    assert found["inference_memory_mib"] == pytest.approx(held * per_agent + 8, rel=0.08)  # and the result
 
 
 @knows
@@ -155,6 +176,7 @@ def differentiate(function: Callable[[Tensor], Tensor], mib: int) -> dict[str, f
 
         return inference, lambda: function(x), lambda y: y.backward(torch.ones_like(y))
 
+    memory.return_freed_memory()
     inference, forward, backward = calls(1)
     inference()
     backward(forward())

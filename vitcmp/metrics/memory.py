@@ -54,6 +54,20 @@ class PeakMemory:
         return None
 
 
+def return_freed_memory() -> None:
+    """Have glibc map all but small allocations of this process by themselves, so that they are unmapped when freed.
+
+    Before anything is allocated that will be freed: memory kept for later would be used again unseen, or would count
+    as in use.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            # M_MMAP_THRESHOLD, which freeing would otherwise raise, and M_MMAP_MAX of <malloc.h>.
+            mallopt(-3, 2**16)
+            mallopt(-4, 2**16)
+
+
 def measure_memory(
     device: torch.device,
     inference: Callable[[], object],
@@ -66,11 +80,9 @@ def measure_memory(
     theirs, activation_memory_mib what is held between them, inference_memory_mib the peak of `inference`. On CUDA also
     reserved_memory_mib, by how much the allocator's own share of the device grew at most.
 
-    Call it in a fresh process that has warmed up on something small: libraries keep what they once allocated. It
-    changes how this process allocates, for good: what is freed goes back to the system, else it is used again unseen.
+    Call it in a fresh process that has warmed up on something small, since libraries keep what they once allocated,
+    and on a CPU after `return_freed_memory`.
     """
-    if device.type == "cpu":
-        _return_freed_memory()
     peak = _begin(device)
     reserved = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
     inference()
@@ -157,16 +169,6 @@ def give_back(device: torch.device) -> None:
     elif sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # not glibc
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def _return_freed_memory() -> None:
-    """Have glibc map all but small allocations by themselves, so that they are unmapped when freed."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            # M_MMAP_THRESHOLD, which freeing would otherwise raise, and M_MMAP_MAX of <malloc.h>.
-            mallopt(-3, 2**16)
-            mallopt(-4, 2**16)
 
 
 def _status_mib(field: str) -> float:

@@ -297,6 +297,7 @@ class MemoryStation:
     """Lives in a process of its own for one cell, on a CPU: what its memory peaks at."""
 
     def __init__(self, device_name: str, threads: int, limit_mib: int) -> None:
+        memory.return_freed_memory()
         self.device = torch.device(device_name)
         torch.set_num_threads(threads)
         _limit(self.device, limit_mib)
