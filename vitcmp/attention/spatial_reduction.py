@@ -81,7 +81,7 @@ class _RegionMeans(torch.autograd.Function):
             cells = shares.unflatten(-2, (len(heights), 1, len(widths), 1))
             return cells.expand(*cells.shape[:-4], heights[0], -1, widths[0], -1).flatten(-5, -2), None, None
         row, column = (
-            torch.bucketize(torch.arange(sum(lengths)), torch.tensor(lengths).cumsum(0), right=True)
+            torch.tensor([place for place, length in enumerate(lengths) for _ in range(length)])
             for lengths in (heights, widths)
         )
         region = (row.unsqueeze(-1) * len(widths) + column).flatten()  # of each patch
