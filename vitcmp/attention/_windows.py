@@ -84,17 +84,17 @@ class WindowedPatches(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """`bias`, [H, A, prefix + B], is added to the scores of every tile."""
-        q, k, v = take(q, self.query), take(k, self.key), take(v, self.key)  # [B, H, T, A, K], [B, H, T, prefix + B, K]
         added = self.mask if bias is None else bias.unsqueeze(1) + (0 if self.mask is None else self.mask)
         if added is None:
-            answers = self.softmax(*(x.flatten(0, 2).unsqueeze(1) for x in (q, k, v))).view(q.shape)
+            tiles = take(q, self.query), take(k, self.key), take(v, self.key)  # [B, H, T, A or prefix + B, K]
+            answers = self.softmax(*(x.flatten(0, 2).unsqueeze(1) for x in tiles)).view(tiles[0].shape)
         else:
-            scores = scaled_scores(q, k)
+            scores = scaled_scores(take(q, self.query), take(k, self.key))  # [B, H, T, A, prefix + B]
             scores += added.to(scores.dtype)
             # The kernel sums in fp32 whatever its input, so autocast's fp32 copy of the scores buys nothing.
             with torch.autocast(q.device.type, enabled=False):
                 weights = scores.softmax(dim=-1)
-            answers = F.dropout(weights, self.dropout, self.training) @ v
+            answers = F.dropout(weights, self.dropout, self.training) @ take(v, self.key)
         return answers.flatten(2, 3).index_select(2, self.answer)
 
 
