@@ -193,11 +193,12 @@ def _digits(name: str, root: Path) -> _Raw:
     assert package.origin is not None
     table = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",")
     images = torch.from_numpy(np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-    everything = Split(images, torch.from_numpy(table[:, -1].astype(np.int64)))
-    digest = hashlib.sha256(images.numpy().tobytes() + everything.labels.numpy().tobytes()).hexdigest()[:16]
-    train, test = stratified_split(everything.labels.numpy(), 0.2)
+    labels = torch.from_numpy(table[:, -1].astype(np.int64))
+    everything = Split(images, labels)
+    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()[:16]
+    train, test = _stratified(labels, 0.2)
     names = tuple(str(i) for i in range(10))
-    return _Raw(everything.take(torch.from_numpy(train)), everything.take(torch.from_numpy(test)), names, digest)
+    return _Raw(everything.take(train), everything.take(test), names, digest)
 
 
 def _fake(name: str, root: Path) -> _Raw:
