@@ -74,6 +74,15 @@ def test_means_and_their_gradients_are_exact(grid: TokenGrid, regions: TokenGrid
     torch.testing.assert_close(half, (p @ x.bfloat16().double()).bfloat16(), rtol=2**-8, atol=1e-6)
 
 
+def test_the_gradient_in_bf16_is_rounded_once() -> None:
+    """17 x 17 patches are 289, which bf16 does not have."""
+    grid, regions = TokenGrid(35, 35), TokenGrid(2, 2)
+    x = torch.randn(grid.num_tokens, 8, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(4, 8, dtype=torch.bfloat16)
+    (gradient,) = torch.autograd.grad(region_means(x, grid, regions), x, upstream)
+    assert torch.equal(gradient, (pooling_matrix(grid, regions).T @ upstream.double()).bfloat16())
+
+
 def test_ratio_one_is_softmax() -> None:
     with pytest.warns(DegenerateWarning, match="it is softmax attention"):
         core = attention.load("spatial-reduction:sr_ratio=1").build(make_layer(TokenGrid(4, 4, 1))).core

@@ -75,11 +75,12 @@ class LSHAttention(nn.Module):
         tokens = torch.arange(order.shape[-1], device=q.device).expand_as(order)
         slots = torch.empty_like(order).scatter_(-1, order, tokens)  # the slot of each token
 
-        # Each round gathers its rows once, keys and values together; an empty slot takes any row.
+        # An empty slot takes any row.
         chunks = self._chunks(order, 0)
         keys = F.normalize(wide(q), dim=-1).to(q.dtype)
         queries = take(q * width**-0.5, chunks)  # [B, H, R, C, m, K]
-        keys, values = take(torch.cat([keys, v], dim=-1), window(chunks, chunks)).chunk(2, dim=-1)
+        seen = window(chunks, chunks)
+        keys, values = take(keys, seen), take(v, seen)
 
         scores = wide(queries @ keys.transpose(-2, -1))  # [B, H, R, C, m, 2m]
         # A token meets itself in its own chunk alone, in its own slot.

@@ -65,9 +65,9 @@ class CrossCovarianceAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1)  # [B, H, K, N] each
         q, k = (F.normalize(wide(y), dim=-1).to(v.dtype) for y in (q, k))
-        alike = wide(q @ k.transpose(-2, -1))  # [B, H, K, K], A transposed
+        weights = wide(q @ k.transpose(-2, -1))  # [B, H, K, K], A transposed
         with torch.autocast(x.device.type, enabled=False):
-            weights = (alike * wide(self.temperature)).softmax(dim=-1)
+            weights = (weights * wide(self.temperature)).softmax(dim=-1)
         mixed = weights.to(v.dtype) @ v  # [B, H, K, N]
         a = self.out(mixed.flatten(1, 2).transpose(1, 2))
         return a if self.lpi is None else a + self.lpi(x + a)
