@@ -83,14 +83,14 @@ class LSHAttention(nn.Module):
         keys, values = take(keys, seen), take(v, seen)
 
         scores = wide(queries @ keys.transpose(-2, -1))  # [B, H, R, C, m, 2m]
-        # A token meets itself in its own chunk alone, in its own slot.
-        is_self = torch.eye(self.bucket_size, dtype=torch.bool, device=q.device)
-        is_self = F.pad(is_self, (scores.shape[-1] - self.bucket_size, 0))
         hidden = self._hidden(buckets, order, slots)
         with torch.autocast(q.device.type, enabled=False):
-            scores.masked_fill_(is_self, SELF).masked_fill_(hidden, -torch.inf)
-            # The bound keeps it finite where a round shows a token nothing new.
-            highest = scores.detach().amax(dim=-1, keepdim=True).clamp(min=SELF)
+            scores.masked_fill_(hidden, -torch.inf)
+            # A token meets itself in every round, in its own slot, so no row is all -inf. As low as the score is, it
+            # counts only for a token that sees no other.
+            own = scores[..., scores.shape[-1] - self.bucket_size :]
+            own.diagonal(dim1=-2, dim2=-1).fill_(SELF)
+            highest = scores.detach().amax(dim=-1, keepdim=True)
             weights = scores.sub_(highest).exp_()
             total = weights.sum(dim=-1, keepdim=True)
             weights = F.dropout(weights, self.dropout, self.training)
@@ -116,8 +116,9 @@ class LSHAttention(nn.Module):
         num_rounds, num_chunks = buckets.shape[2], -(-buckets.shape[3] // self.bucket_size)
         chunk = slots // self.bucket_size
         # A key is seen by the queries of its bucket in its own chunk and in the next.
-        own = (buckets * num_chunks + chunk).int()
-        following = (buckets * num_chunks + (chunk + 1) % num_chunks).int()
+        kind = torch.int16 if self.num_buckets * num_chunks < 2**15 else torch.int32
+        own = (buckets * num_chunks + chunk).to(kind)
+        following = (buckets * num_chunks + (chunk + 1) % num_chunks).to(kind)
 
         def places(back: int) -> tuple[Tensor, Tensor, Tensor]:
             """Of the queries, and the two of the keys, `back` rounds before each, for rounds that have one there."""
