@@ -31,8 +31,8 @@ class EfficientAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            # The product in brackets is [B, H, K, K].
-            return (wide(q).softmax(dim=-1) @ (wide(k).softmax(dim=-2).transpose(-2, -1) @ wide(v))).to(v.dtype)
+            context = wide(k).softmax(dim=-2).transpose(-2, -1) @ wide(v)  # [B, H, K, K]
+            return (wide(q).softmax(dim=-1) @ context).to(v.dtype)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:
