@@ -88,8 +88,7 @@ class LSHAttention(nn.Module):
             scores.masked_fill_(hidden, -torch.inf)
             # A token meets itself in every round, in its own slot, so no row is all -inf. As low as the score is, it
             # counts only for a token that sees no other.
-            own = scores[..., scores.shape[-1] - self.bucket_size :]
-            own.diagonal(dim1=-2, dim2=-1).fill_(SELF)
+            scores[..., -self.bucket_size :].diagonal(dim1=-2, dim2=-1).fill_(SELF)
             highest = scores.detach().amax(dim=-1, keepdim=True)
             weights = scores.sub_(highest).exp_()
             total = weights.sum(dim=-1, keepdim=True)

@@ -75,8 +75,9 @@ class _RegionMeans(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         heights, widths = ctx.heights, ctx.widths
-        areas = _areas(heights, widths, wide(upstream))
-        shares = (wide(upstream) / areas).to(upstream.dtype)
+        upstream_wide = wide(upstream)
+        areas = _areas(heights, widths, upstream_wide)
+        shares = (upstream_wide / areas).to(upstream.dtype)
         if isinstance(areas, int):
             cells = shares.unflatten(-2, (len(heights), 1, len(widths), 1))
             return cells.expand(*cells.shape[:-4], heights[0], -1, widths[0], -1).flatten(-5, -2), None, None
