@@ -80,7 +80,8 @@ def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 def test_the_kernels_take_any_number_of_queries_and_keys(dtype: torch.dtype, tolerance: float) -> None:
-    for queries, keys in ((65, 1), (65, 4), (18, 33), (65, 34), (1030, 1), (1025, 17), (2051, 33)):
+    few, in_parts = ((65, 1), (65, 4), (18, 33), (65, 34)), ((1050, 1), (1042, 17), (2101, 33), (9, 2501), (1101, 1059))
+    for queries, keys in few + in_parts:
         q, k, v, dout = strided(2, 2, max(queries, keys), 12, dtype)
         inputs = q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], dout[:, :, :queries]
         exact = with_gradients(lambda *x: attend_at_once(*x, -1.0), *(x.double() for x in inputs))

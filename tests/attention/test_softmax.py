@@ -53,12 +53,22 @@ def strided(batch: int, heads: int, tokens: int, width: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
 def test_the_kernels_take_any_number_of_queries_and_keys(dtype: torch.dtype, tolerance: float) -> None:
-    for queries, keys in ((65, 1), (65, 4), (65, 49), (65, 64), (65, 131), (1030, 1), (1025, 17), (2051, 33)):
-        q, k, v, dout = strided(2, 2, max(queries, keys), 12, dtype)
-        inputs = q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], dout[:, :, :queries]
-        exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
-        for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), exact, strict=True):
-            assert (ours - wanted).norm() <= tolerance * max(float(wanted.norm()), 1.0)
+    for queries, keys in ((65, 1), (65, 4), (65, 49), (65, 64), (65, 131), (1050, 1), (1042, 17), (2101, 33)):
+        agrees_with_fp64(queries, keys, dtype, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)])
+def test_keys_that_come_in_parts(dtype: torch.dtype, tolerance: float) -> None:
+    for queries, keys in ((1, 1041), (9, 2501), (1101, 1059)):
+        agrees_with_fp64(queries, keys, dtype, tolerance)
+
+
+def agrees_with_fp64(queries: int, keys: int, dtype: torch.dtype, tolerance: float) -> None:
+    q, k, v, dout = strided(2, 2, max(queries, keys), 12, dtype)
+    inputs = q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], dout[:, :, :queries]
+    exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
+    for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), exact, strict=True):
+        assert (ours - wanted).norm() <= tolerance * max(float(wanted.norm()), 1.0)
 
 
 def with_gradients(attend: Callable[..., Tensor], *inputs_and_upstream: Tensor) -> list[Tensor]:
@@ -109,7 +119,7 @@ def test_the_kernels_need_no_instruction_for_pairs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
-@pytest.mark.parametrize("tokens", [4, 20, 50])
+@pytest.mark.parametrize("tokens", [4, 20, 50, 1100])
 def test_scores_of_any_size(tokens: int, scale: float) -> None:
     q, k, v, dout = strided(1, 2, tokens, 8, torch.float32)
     inputs = q * scale, k, v, dout
@@ -121,9 +131,10 @@ def test_scores_of_any_size(tokens: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("tokens", "row"), [(20, 3), (20, 19), (17, 16)])
-def test_a_bad_query_spoils_its_own_row_alone(tokens: int, row: int, bad: float) -> None:
-    q, k, v, _ = (x.detach() for x in strided(1, 2, tokens, 8, torch.float32))
+@pytest.mark.parametrize(("tokens", "row"), [(20, 3), (20, 19), (17, 16), (2100, 3), (2100, 1050)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_query_spoils_its_own_row_alone(dtype: torch.dtype, tokens: int, row: int, bad: float) -> None:
+    q, k, v, _ = (x.detach() for x in strided(1, 2, tokens, 8, dtype))
     fine = attend(q, k, v)[0]
     q = q.clone()
     q[0, 1, row, 2] = bad
@@ -166,14 +177,16 @@ def test_threads_share_heads_out() -> None:
         ((2, 4, 257, 12), 257, torch.float64, 0.0, "fused"),
         ((2, 4, 257, 128), 257, torch.float32, 0.0, "numba"),
         ((2, 4, 257, 192), 257, torch.float32, 0.0, "fused"),
-        ((2, 4, 257, 128), 257, torch.bfloat16, 0.0, "merged"),
-        ((1, 1, 1024, 64), 49, torch.bfloat16, 0.0, "merged"),
+        ((2, 4, 257, 128), 257, torch.bfloat16, 0.0, "numba"),
+        ((1, 1, 1024, 64), 8, torch.bfloat16, 0.0, "numba"),
+        ((2, 4, 65, 64), 8, torch.bfloat16, 0.0, "merged"),
         ((2, 4, 17, 64), 17, torch.bfloat16, 0.0, "numba"),
         ((1, 1, 1024, 128), 1024, torch.bfloat16, 0.0, "numba"),
         ((1, 1, 1024, 16), 49, torch.bfloat16, 0.0, "numba"),
         ((1, 1, 1024, 64), 256, torch.float32, 0.0, "numba"),
         ((1, 1, 16384, 64), 16384, torch.float32, 0.0, "numba"),
-        ((1, 1, 32768, 64), 32768, torch.float32, 0.0, "fused"),
+        ((1, 1, 32768, 64), 32768, torch.float32, 0.0, "numba"),
+        ((1, 1, 4, 64), 1024, torch.float32, 0.0, "fused"),
         ((0, 4, 65, 12), 65, torch.float32, 0.0, "merged"),
     ],
 )

@@ -64,12 +64,11 @@ def quickest(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> str:
     if q.device.type != "cpu":
         return "fused"
     in_bf16, queries, (keys, width) = q.dtype == torch.bfloat16, q.shape[-2], k.shape[-2:]
-    if in_bf16 and width > 32:
-        # Explicit weights are quick in bf16, above all of few queries or keys beside many, and the wider the heads.
-        fits = min(queries, keys) >= 1024 if width > 64 else min(queries, keys) >= 64 or max(queries, keys) <= 64
+    # A vector's lanes are queries forward and keys backward: few of them leave it empty, which explicit weights do not.
+    if in_bf16:
+        fits = width <= 32 or min(queries, keys) >= 16 or max(queries, keys) >= 1024
     else:
-        # A head's keys must stay in the last cache; a vector's lanes are queries, and few of them leave it empty.
-        fits = in_bf16 or (keys * width <= 2**20 and (queries >= 8 or width <= 32))
+        fits = width <= 32 or queries >= 8
     if fits and width <= 128 and can_compile(q, k, v, dropout):
         return "numba"
     # Its backward pass computes the scores again, which only many tokens repay; in bf16 it is slow at any size.

@@ -26,6 +26,7 @@ from vitcmp.attention._kernels.simd import (
 from vitcmp.attention._kernels.tiles import (
     PANEL,
     TILE,
+    add_across,
     add_outer,
     multiply_rows,
     narrow_room,
@@ -45,8 +46,9 @@ from vitcmp.attention._kernels.tiles import (
 
 MAX_LEFT_OVER = 2
 """Tokens after the last whole vector of them that come one at a time: a class token often makes one."""
-MAX_QUERIES = 1024
-"""Queries that come together backward: of more, what every block of keys reads would not stay in a core's cache."""
+MAX_TOGETHER = 1024 + LANES
+"""Tokens that come together where a head has more (1,024 and a class token do): of more, what every block of the others
+reads would not stay in a core's cache."""
 MAX_EXPECTED = 2**16
 """Numbers of an image and array up to which the next image is brought into cache while this one is at work."""
 
@@ -65,8 +67,8 @@ def num_whole(tokens):  # type: ignore[no-untyped-def]
 
 @inner
 def block_of(size, p):  # type: ignore[no-untyped-def]
-    """Tokens that come together: the wide tile pays in bf16, as long as their scores stay in a core's cache."""
-    return PANEL if p == 2 and size <= 1024 else LANES
+    """Tokens that come as one block: the wide tile pays in bf16, as long as their scores stay in a core's cache."""
+    return PANEL if p == 2 and size <= MAX_TOGETHER else LANES
 
 
 @inner
@@ -94,18 +96,36 @@ def mix(weights, b, there, line, n, like):  # type: ignore[no-untyped-def]
 
 
 @inner
-def _zeros_for(size, wide, wanted):  # type: ignore[no-untyped-def]
-    """Room for blocks of a head's keys, if wanted."""
-    return np.zeros(up(size, PANEL) * wide if wanted else 0, np.float32)
+def room_for(size, wide, parted, x):  # type: ignore[no-untyped-def]
+    """Room for what blocks of tokens come to part by part; none in fp32, where it grows in the result."""
+    return np.empty(up(size, PANEL) * wide if parted and pair_size(x) == 2 else 0, np.float32)
 
 
 @inner
-def _carry(mixed, kept, at, n):  # type: ignore[no-untyped-def]
-    """Adds what was kept from `at` on to n numbers, and keeps the sums."""
-    for c in range(0, n, LANES):
-        total = load(mixed, c) + load(kept, at + c)
-        store(mixed, c, total)
-        store(kept, at + c, total)
+def together_of(tokens, parted, x):  # type: ignore[no-untyped-def]
+    """Tokens of which sums are taken part by part before the next ones' are: all, where these need no room."""
+    return min(tokens, MAX_TOGETHER) if parted and pair_size(x) == 2 else tokens
+
+
+@inner
+def sum_up(mixed, lanes, turned, kept, shrinks, factors, out, at, line, few, width, begins, ends):  # type: ignore[no-untyped-def]
+    """Rows of `out` from columns of `mixed`, as `write_across`, where these are sums that come part by part:
+
+    what the parts before this one came to, times `shrinks`, is added, and the last one's sums are what is multiplied
+    by the factors, which are 1 until then. `kept` is this block's of `room_for`.
+    """
+    if len(kept):
+        for j in range(0, width * lanes, lanes):
+            for c in range(0, lanes, LANES):
+                total = load(mixed, j + c)
+                if not begins:
+                    total = fma(load(kept, j + c), load(shrinks, c), total)
+                store(mixed, j + c, total)
+                store(kept, j + c, total)
+    if not begins and not len(kept):
+        add_across(mixed, lanes, turned, shrinks, factors, out, at, line, few, width)
+    elif ends or not len(kept):
+        write_across(mixed, lanes, turned, factors, out, at, line, few, width)
 
 
 def gradients(facts, weigh):  # type: ignore[no-untyped-def]
@@ -129,7 +149,8 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
         p = pair_size(q)
         factor = np.float32(width**-0.5)
         scale = np.float32(width**-0.5 / math.log(2))
-        most = min(tokens, MAX_QUERIES)
+        # Keys so few that each comes alone have no parts: nothing of them leaves a core's cache.
+        most = min(tokens, MAX_TOGETHER) if size > MAX_LEFT_OVER else tokens
         wide, rows, deep, block = up(width, LANES), up(most, LANES), up(width, p) // p, block_of(most, p)
         queries, upstream = np.zeros(rows * deep * p + LANES, q.dtype), np.zeros(rows * deep * p + LANES, q.dtype)
         q_left, dout_left = words(queries), words(upstream)
@@ -143,14 +164,14 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
         dqueries, tops = np.empty(rows * wide, np.float32), np.zeros(rows, np.float32)
         shares, means = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         mixed, turned = np.empty(wide * block, np.float32), np.empty(LANES * LANES, np.float32)
-        factors, ones, whole = np.full(block, factor), np.ones(block, np.float32), num_whole(size)
+        scaled, ones = np.full(block, factor), np.ones(block, np.float32)
         # Of one key alone: itself and its value, and of all queries its weights and the gradients of its scores.
         key, value = np.empty(deep * p + LANES, q.dtype), np.empty(deep * p + LANES, q.dtype)
         weight, dscore, drow = np.empty(rows, q.dtype), np.empty(rows, q.dtype), np.empty(rows, np.float32)
         one_key, one_value, one_weight, one_dscore = words(key), words(value), words(weight), words(dscore)
-        # Of all keys, what the parts before this one gave.
         parted = most < tokens
-        kept_k, kept_v = _zeros_for(size, wide, parted), _zeros_for(size, wide, parted)
+        whole = size if parted else num_whole(size)
+        kept_k, kept_v = room_for(size, wide, parted, q), room_for(size, wide, parted, q)
         expects = heads * max(tokens, size) * width <= MAX_EXPECTED
         for head in range(first, last):
             at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
@@ -166,10 +187,9 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
                 expect(dq, 4, lines, heads, head, tokens, width, True)
                 expect(dk, 5, lines, heads, head, size, width, True)
                 expect(dv, 6, lines, heads, head, size, width, True)
-            kept_k[:], kept_v[:] = 0, 0
             for start in range(0, tokens, most):
                 num = min(most, tokens - start)
-                n = up(num, 2)
+                n, begins, ends = up(num, 2), start == 0, start + num == tokens
                 pack_left(q, at_q, lines[0, 2], num, width, queries)
                 pack_left(dout, at_dout, lines[3, 2], num, width, upstream)
                 pack_along(q, at_q, lines[0, 2], num, width, q_along)
@@ -197,13 +217,13 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
                             store_joined(weights, j * lanes // p + c, lanes, w, w2)
                             store_both(ds, ds_pairs, j * lanes, c, lanes, d, d2)
                     multiply_rows(q_along, 1, wide, ds_pairs, lanes, n // p, mixed, width)
-                    if parted:
-                        _carry(mixed, kept_k, i * wide, wide * lanes)
-                    write_across(mixed, lanes, turned, factors, dk, at_dk + i * lines[5, 2], lines[5, 2], few, width)
+                    at, line = at_dk + i * lines[5, 2], lines[5, 2]
+                    room, factors = kept_k[i * wide :], scaled if ends else ones
+                    sum_up(mixed, lanes, turned, room, ones, factors, dk, at, line, few, width, begins, ends)
                     multiply_rows(dout_along, 1, wide, weights, lanes, n // p, mixed, width)
-                    if parted:
-                        _carry(mixed, kept_v, i * wide, wide * lanes)
-                    write_across(mixed, lanes, turned, ones, dv, at_dv + i * lines[6, 2], lines[6, 2], few, width)
+                    at, line = at_dv + i * lines[6, 2], lines[6, 2]
+                    room = kept_v[i * wide :]
+                    sum_up(mixed, lanes, turned, room, ones, ones, dv, at, line, few, width, begins, ends)
                     add_outer(ds_left, lanes // p, k_along, wide, num, dqueries)
                 for i in range(whole, size):
                     x, y = at_k + i * lines[1, 2], at_v + i * lines[2, 2]
@@ -223,13 +243,10 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
                         write(dscore, j, LANES, d)
                         store(drow, j, d)
                     for c in range(0, wide, LANES):
-                        store(mixed, 0, mix(one_dscore, q_along, c, wide, n // p, scores))
-                        store(mixed, LANES, mix(one_weight, dout_along, c, wide, n // p, scores))
-                        if parted:
-                            _carry(mixed, kept_k, i * wide + c, LANES)
-                            _carry(mixed[LANES:], kept_v, i * wide + c, LANES)
-                        write(dk, at_dk + i * lines[5, 2] + c, width - c, load(mixed, 0) * factor)
-                        write(dv, at_dv + i * lines[6, 2] + c, width - c, load(mixed, LANES))
+                        of_k = mix(one_dscore, q_along, c, wide, n // p, scores)
+                        write(dk, at_dk + i * lines[5, 2] + c, width - c, of_k * factor)
+                        of_v = mix(one_weight, dout_along, c, wide, n // p, scores)
+                        write(dv, at_dv + i * lines[6, 2] + c, width - c, of_v)
                         here = read(k, x + c, width - c)
                         for j in range(num):
                             store(dqueries, j * wide + c, fma(here, drow[j], load(dqueries, j * wide + c)))

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
-from vitcmp.attention._kernels.maps import block_of, gradients, place_of
+from vitcmp.attention._kernels.maps import MAX_TOGETHER, block_of, gradients, place_of, room_for, sum_up, together_of
 from vitcmp.attention._kernels.simd import LANES, exp2, fma, load, smaller
 from vitcmp.attention._kernels.tiles import (
     TILE,
@@ -24,7 +24,6 @@ from vitcmp.attention._kernels.tiles import (
     transposed_product,
     up,
     words,
-    write_across,
 )  # fmt: skip  # isort: skip
 
 
@@ -37,29 +36,39 @@ def _sigmoid(score):  # type: ignore[no-untyped-def]
 @inner
 def _forward(q, k, v, out, lines, heads, tokens, size, width, bias, first, last):  # type: ignore[no-untyped-def]
     """Outputs of the heads from `first` to `last`."""
-    p = pair_size(q)
+    p, most = pair_size(q), min(size, MAX_TOGETHER)
     scale, base = np.float32(width**-0.5 / math.log(2)), np.float32(bias / math.log(2))
-    wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
-    deep, block = up(width, p) // p, block_of(size, p)
+    together = together_of(tokens, most < size, q)
+    wide, rows = up(width, LANES), up(most, LANES)
+    deep, block = up(width, p) // p, block_of(most, p)
     keys, y = np.zeros(rows * deep * p + LANES, q.dtype), words(np.zeros(rows * wide, q.dtype))
     scores, mixed = np.empty((rows + TILE) * block, np.float32), np.empty(wide * block, np.float32)
     queries, x = words(np.empty(block * deep * p, q.dtype)), words(narrow_room(scores, q))
     turned, ones = np.empty(LANES * LANES, np.float32), np.ones(block, np.float32)
+    kept = room_for(together, wide, most < size, q)
     for head in range(first, last):
-        at_q, at = place_of(lines, 0, heads, head), place_of(lines, 3, heads, head)
-        pack_left(k, place_of(lines, 1, heads, head), lines[1, 2], size, width, keys)
-        pack_along(v, place_of(lines, 2, heads, head), lines[2, 2], size, width, y)
-        for i in range(0, tokens, block):
-            few = min(block, tokens - i)
-            lanes = up(few, LANES)
-            pack_lanes(q, at_q + i * lines[0, 2], lines[0, 2], few, width, lanes, queries)
-            transposed_product(words(keys), queries, size, deep, lanes, scores)
-            for c in range(0, lanes, LANES):
-                for j in range(0, n * lanes, 2 * lanes):
-                    s, s2 = load(scores, j + c), load(scores, j + c + lanes)
-                    store_joined(x, j // p + c, lanes, _sigmoid(fma(s, scale, base)), _sigmoid(fma(s2, scale, base)))
-            multiply_rows(y, 1, wide, x, lanes, n // p, mixed, width)
-            write_across(mixed, lanes, turned, ones, out, at + i * lines[3, 2], lines[3, 2], few, width)
+        at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
+        at_v, at = place_of(lines, 2, heads, head), place_of(lines, 3, heads, head)
+        for start in range(0, tokens, together):
+            for part in range(0, size, most):
+                num = min(most, size - part)
+                n = up(num, 2)
+                pack_left(k, at_k + part * lines[1, 2], lines[1, 2], num, width, keys)
+                pack_along(v, at_v + part * lines[2, 2], lines[2, 2], num, width, y)
+                for i in range(start, min(start + together, tokens), block):
+                    few = min(block, tokens - i)
+                    lanes = up(few, LANES)
+                    pack_lanes(q, at_q + i * lines[0, 2], lines[0, 2], few, width, lanes, queries)
+                    transposed_product(words(keys), queries, num, deep, lanes, scores)
+                    for c in range(0, lanes, LANES):
+                        for j in range(c, n * lanes, 2 * lanes):
+                            w = _sigmoid(fma(load(scores, j), scale, base))
+                            w2 = _sigmoid(fma(load(scores, j + lanes), scale, base))
+                            store_joined(x, (j - c) // p + c, lanes, w, w2)
+                    multiply_rows(y, 1, wide, x, lanes, n // p, mixed, width)
+                    room, to, line = kept[(i - start) * wide :], at + i * lines[3, 2], lines[3, 2]
+                    begins, ends = part == 0, part + num == size
+                    sum_up(mixed, lanes, turned, room, ones, ones, out, to, line, few, width, begins, ends)
 
 
 @kernel

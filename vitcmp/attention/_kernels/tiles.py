@@ -19,9 +19,11 @@ from vitcmp.attention._kernels.simd import (
     INLINED,
     LANES,
     add_product,
+    fma,
     load,
     load_part,
     pair,
+    read,
     spread,
     store,
     store_transposed,
@@ -308,6 +310,18 @@ def write_across(mixed, lanes, turned, factors, out, at, line, few, width):  # t
             store_transposed(turned, 0, LANES, mixed, c * lanes + v, lanes, LANES, LANES)
             for u in range(min(LANES, few - v)):
                 write(out, at + (v + u) * line + c, width - c, load(turned, u * LANES) * factors[v + u])
+
+
+@inner
+def add_across(mixed, lanes, turned, shrinks, factors, out, at, line, few, width):  # type: ignore[no-untyped-def]
+    """The same with what is there, times each row's `shrinks`, added before the factor."""
+    for v in range(0, few, LANES):
+        for c in range(0, width, LANES):
+            store_transposed(turned, 0, LANES, mixed, c * lanes + v, lanes, LANES, LANES)
+            for u in range(min(LANES, few - v)):
+                place = at + (v + u) * line + c
+                total = fma(read(out, place, width - c), shrinks[v + u], load(turned, u * LANES))
+                write(out, place, width - c, total * factors[v + u])
 
 
 @inner
