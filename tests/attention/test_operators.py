@@ -33,6 +33,7 @@ class Listener(TorchDispatchMode):
         ("softmax:impl=numba", {"softmax_attention", "softmax_attention_backward"}),
         ("sigmoid", {"sigmoid_attention", "sigmoid_attention_backward"}),
         ("differential", {"differential_attention", "differential_attention_backward"}),
+        ("efficient", {"efficient_attention", "efficient_attention_backward"}),
         ("entmax", {"entmax_attention", "entmax_attention_backward"}),
         ("local", {"listed_attention"}),
     ],

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitcmp.attention._efficient import attend, attend_at_once
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+from vitcmp.attention.softmax import can_compile
 
 PAPER = "https://arxiv.org/abs/1812.01243"
 COST = "O(N K^2)"
@@ -31,8 +33,10 @@ class EfficientAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            context = wide(k).softmax(dim=-2).transpose(-2, -1) @ wide(v)  # [B, H, K, K]
-            return (wide(q).softmax(dim=-1) @ context).to(v.dtype)
+            inputs = wide(q), wide(k), wide(v)
+            if inputs[0].dtype == torch.float32 and can_compile(*inputs, dropout=0.0):
+                return attend(*inputs)[0].to(v.dtype)
+            return attend_at_once(*inputs).to(v.dtype)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:
