@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitcmp.attention._efficient import attend, attend_at_once
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
-from vitcmp.attention.softmax import can_compile
+from vitcmp.attention._summed import attend_efficient, can_sum, efficient_at_once
 
 PAPER = "https://arxiv.org/abs/1812.01243"
 COST = "O(N K^2)"
@@ -32,11 +31,10 @@ class EfficientAttention(nn.Module):
     """Shapes: q, k, v and the result are [B, H, N, K]. Computed in fp32 at least."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if can_sum(q, k, v):
+            return attend_efficient(q, k, v)
         with torch.autocast(q.device.type, enabled=False):
-            inputs = wide(q), wide(k), wide(v)
-            if inputs[0].dtype == torch.float32 and can_compile(*inputs, dropout=0.0):
-                return attend(*inputs)[0].to(v.dtype)
-            return attend_at_once(*inputs).to(v.dtype)
+            return efficient_at_once(wide(q), wide(k), wide(v)).to(v.dtype)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vitcmp.attention._feature_maps import FeatureMap, Products
 from vitcmp.attention._multihead import LayerConfig, MultiHead
+from vitcmp.attention._summed import attend_linear, can_sum, elu_plus_one
 
 PAPER = "https://arxiv.org/abs/2006.16236"
 COST = "O(N K^2)"
@@ -36,6 +37,8 @@ class LinearAttention(nn.Module):
         self.eps = eps
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if can_sum(q, k, v):
+            return attend_linear(q, k, v, self.eps)
         phi = EluPlusOne()
         return Products(phi, phi, num_features=q.shape[-1], eps=self.eps)(q, k, v)
 
@@ -46,12 +49,6 @@ class EluPlusOne(FeatureMap):
 
     def gradient(self, x: Tensor, features: Tensor, upstream: Tensor, tokens: slice) -> Tensor:
         return upstream.mul_(features.clamp(max=1))
-
-
-def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, without the cancellation of elu near -1, and with its slope of 1 at 0 (a clamp has none there)."""
-    positive = x.relu()
-    return (x - positive).exp_() + positive
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:
