@@ -155,3 +155,23 @@ def _rows(x: Tensor, images: slice, tokens: slice) -> Tensor:
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """The inner products of rows, [..., 1]: for one column, sums are quicker than a matrix product."""
     return (x * y).sum(dim=-1, keepdim=True)
+
+
+class EluPlusOne(FeatureMap):
+    def __call__(self, x: Tensor, tokens: slice) -> Tensor:
+        return elu_plus_one(x)
+
+    def gradient(self, x: Tensor, features: Tensor, upstream: Tensor, tokens: slice) -> Tensor:
+        return upstream.mul_(features.clamp(max=1))
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, without the cancellation of elu near -1, and with its slope of 1 at 0 (a clamp has none there)."""
+    positive = x.relu()
+    return (x - positive).exp_() + positive
+
+
+def elu_products(width: int, eps: float) -> Products:
+    """Linear attention, of heads of this width."""
+    phi = EluPlusOne()
+    return Products(phi, phi, num_features=width, eps=eps)

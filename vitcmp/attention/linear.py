@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vitcmp.attention._feature_maps import FeatureMap, Products
+from vitcmp.attention._feature_maps import elu_products
 from vitcmp.attention._multihead import LayerConfig, MultiHead
-from vitcmp.attention._summed import attend_linear, can_sum, elu_plus_one
+from vitcmp.attention._summed import attend_linear, can_sum
 
 PAPER = "https://arxiv.org/abs/2006.16236"
 COST = "O(N K^2)"
@@ -39,16 +39,7 @@ class LinearAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if can_sum(q, k, v):
             return attend_linear(q, k, v, self.eps)
-        phi = EluPlusOne()
-        return Products(phi, phi, num_features=q.shape[-1], eps=self.eps)(q, k, v)
-
-
-class EluPlusOne(FeatureMap):
-    def __call__(self, x: Tensor, tokens: slice) -> Tensor:
-        return elu_plus_one(x)
-
-    def gradient(self, x: Tensor, features: Tensor, upstream: Tensor, tokens: slice) -> Tensor:
-        return upstream.mul_(features.clamp(max=1))
+        return elu_products(q.shape[-1], self.eps)(q, k, v)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

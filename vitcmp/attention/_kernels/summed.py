@@ -146,12 +146,9 @@ def _summed(softmax):  # type: ignore[no-untyped-def]
         wide, room = up(width, LANES), up(width, LANES) * PANEL
         x, y, values = np.zeros(room, np.float32), np.zeros(room, np.float32), np.zeros(room, np.float32)
         mixed, turned = np.empty(room, np.float32), np.empty(LANES * LANES, np.float32)
-        shares, ones, dcontext = (
-            np.empty(PANEL, np.float32),
-            np.ones(PANEL, np.float32),
-            np.empty(wide * wide, np.float32),
-        )
-        dsums, totals = np.empty(wide, np.float32), np.empty(wide * LANES, np.float32)
+        shares, ones = np.empty(PANEL, np.float32), np.ones(PANEL, np.float32)
+        dcontext, dsums = np.empty(wide * wide, np.float32), np.empty(wide, np.float32)
+        totals = np.empty(wide * LANES, np.float32)
         for head in range(first, last):
             at_q, at_k = place_of(lines, 0, heads, head), place_of(lines, 1, heads, head)
             at_v, at_dout = place_of(lines, 2, heads, head), place_of(lines, 3, heads, head)
