@@ -223,6 +223,9 @@ class RuntimeConfig:
     """Folder of the data sets (environment: VITCMP_DATA; default: ~/.cache/vitcmp)."""
     threads: int | None = None
     """CPU threads (default: torch's own choice)."""
+    kernels: Literal["auto", "off", "strict"] | None = None
+    """auto: compiled kernels where they run and are quick; off: plain torch; strict: fail where a kernel can't run
+    (environment: VITCMP_KERNELS)."""
     name: str | None = None
     """Name of the run, for its folder and the tables."""
     save_every: int = 0

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 
 import vitcmp
 from vitcmp.configs import UserError
+from vitcmp.kernels import cpu, forms, switch
+from vitcmp.kernels.switch import out_of_memory as out_of_memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -48,18 +51,26 @@ def native_bf16(device_type: str) -> bool:
         return torch.cuda.get_device_capability() >= (8, 0)
     if device_type == "mps":
         return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(_cpu_info("flags").split() + _cpu_info("Features").split()))
-
-
-def has_wide_vectors(in_bf16: bool) -> bool:
-    """Whether a CPU's quickest products, in fp32 or bf16, are those of its vectors of 512 bits."""
-    flags = set(_cpu_info("flags").split())
-    return {"avx512f", "avx512_bf16"} <= flags and "amx_bf16" not in flags if in_bf16 else "avx512f" in flags
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu.flags())
 
 
 def precision(wanted: str, device: torch.device) -> str:
     """fp32 or bf16 for auto, fp32 or bf16."""
     return ("bf16" if native_bf16(device.type) else "fp32") if wanted == "auto" else wanted
+
+
+@contextlib.contextmanager
+def kernels_as(wanted: str | None) -> Iterator[None]:
+    """The switch of compiled kernels for a while; None: as the environment says.
+
+    Raises: UserError for an unknown value.
+    """
+    try:
+        with switch.switched(wanted or switch.mode()):
+            forms.active()
+            yield
+    except switch.SettingError as error:
+        raise UserError(str(error)) from None
 
 
 def synchronize(device: torch.device) -> None:
@@ -81,12 +92,6 @@ def keep_freed_memory() -> bool:
         return False
     # M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of <malloc.h>; each returns 1 where it was set.
     return all([mallopt(-4, 0), mallopt(-1, 2**31 - 1), mallopt(-2, 10**9)])
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory ran out; the CPU's allocator has no exception type of its own."""
-    texts = ("can't allocate memory", "out of memory", "alloc_failed", "bad_alloc")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(t in str(error).lower() for t in texts)
 
 
 def process_context(device: torch.device, preload: str) -> Any:
@@ -122,10 +127,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """What the machine is made of: no host name, no path."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu.info("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(_total_memory() / 2**30, 1),
+        "cpu_kind": cpu.kind(),
         "native_bf16": native_bf16(device.type),
         "system": f"{platform.system()} {platform.machine()}",
     }
@@ -140,7 +146,7 @@ def state(device: torch.device) -> dict[str, float]:
         # torch asks NVIDIA's library, which may be absent or may not tell; it has exceptions of its own.
         with contextlib.suppress(Exception):
             found["gpu_mhz"] = float(torch.cuda.clock_rate(device))
-    if mhz := _cpu_info("cpu MHz"):
+    if mhz := cpu.info("cpu MHz"):
         found["cpu_mhz"] = float(mhz)
     return found
 
@@ -170,15 +176,6 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+" if changed else "")
-
-
-def _cpu_info(key: str) -> str:
-    """The first value of a key of /proc/cpuinfo; empty where there is none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), "")
 
 
 def _total_memory() -> int:

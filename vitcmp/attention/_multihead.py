@@ -5,16 +5,16 @@ Axes are B N D for tokens and B H N K inside a head: batch, heads, tokens, head 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
-from vitcmp.attention._kernels.operators import observed
+from vitcmp.kernels.ops.softmax import scaled_scores as scaled_scores
+from vitcmp.kernels.tensors import wide as wide
 
 
 @dataclass(frozen=True)
@@ -68,32 +68,6 @@ class LayerConfig:
         return self.dim // self.num_heads
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensor whose equal chunks along the last axis these are, in the same memory; None if they are not."""
-    first, width = parts[0], parts[0].shape[-1]
-    if torch.compiler.is_compiling() or type(first) is not Tensor:
-        return None  # what is traced lies nowhere yet
-    facts = {(x.untyped_storage().data_ptr(), x.storage_offset() - i * width, x.shape, x.stride())
-             for i, x in enumerate(parts)}  # fmt: skip
-    tokens, line = first.shape[-2], len(parts) * width
-    if len(facts) > 1 or first.stride() != (tokens * line, line, 1):
-        return None
-    return first.as_strided((len(first), tokens, line), first.stride())
-
-
-class _Thirds(torch.autograd.Function):
-    """[B, N, 3 D] -> three of [B, N, D], whose gradients are copied together only where they do not lie so."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        return x.chunk(3, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        whole = None if torch.is_grad_enabled() else joined(gradients)
-        return torch.cat(gradients, dim=-1) if whole is None else whole
-
-
 class MultiHead(nn.Module):
     """Query, key, value and output projections around a core: [B, N, D] -> [B, N, D].
 
@@ -130,23 +104,23 @@ class MultiHead(nn.Module):
         self.out = nn.Linear(layer.dim, layer.dim, bias=layer.out_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.mix(x))
+        return self.out(self.mix(*self.project(x)))
 
-    def mix(self, x: Tensor, norm: Any = None) -> Tensor:
-        """What the output projection reads; with a norm, of norm(x), whose `then(linear, x)` is linear(norm(x))."""
-        batch, tokens, dim = x.shape
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x, [B, N, D] each."""
         if self.merged:
-            qkv = self.qkv(x) if norm is None else norm.then(self.qkv, x)
-            projected = qkv.chunk(3, dim=-1) if observed((qkv,)) else _Thirds.apply(qkv)
-        else:
-            x = x if norm is None else norm(x)
-            q = self.q(x)
-            projected = (q, q if self.shared_qk else self.k(x), self.v(x))
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in projected)  # [B, H, N, K]
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            return q, k, v
+        q = self.q(x)
+        return q, q if self.shared_qk else self.k(x), self.v(x)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the output projection reads, [B, N, D], of queries, keys and values, [B, N, D] each."""
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, K]
         mixed = self.core(q, k, v)  # [B, H, N, K]
         if self.after is not None:
             mixed = self.after(mixed, v)
-        return mixed.transpose(1, 2).reshape(batch, tokens, dim)
+        return mixed.transpose(1, 2).flatten(2)
 
 
 def attention_map(core: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
@@ -164,16 +138,3 @@ def attention_map(core: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k
         identity[start : start + used, :used].fill_diagonal_(1)
         blocks.append(core(q, k, identity.expand(batch, heads, tokens, width))[..., :used])
     return torch.cat(blocks, dim=-1)
-
-
-def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T / sqrt(K): [..., N, K] and [..., M, K] -> [..., N, M]. The factor needs no pass of its own."""
-    # Nothing is added: with beta = 0 what is to be added is not even read.
-    nothing, factor = q.new_empty(1, 1, 1), q.shape[-1] ** -0.5
-    scores = torch.baddbmm(nothing, q.flatten(0, -3), k.flatten(0, -3).mT, beta=0, alpha=factor)
-    return scores.unflatten(0, q.shape[:-2])
-
-
-def wide(x: Tensor) -> Tensor:
-    """`x` in fp32 at least: half precisions are promoted, fp32 and fp64 kept."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

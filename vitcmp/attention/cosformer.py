@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
-from vitcmp.attention._feature_maps import FeatureMap, Products
 from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, wide
+from vitcmp.kernels.feature_maps import FeatureMap, Products
 
 PAPER = "https://arxiv.org/abs/2202.08791"
 COST = "O(N K^2)"

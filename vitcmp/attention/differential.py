@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
-from vitcmp.attention._differential import attend
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
-from vitcmp.attention.softmax import SoftmaxAttention, can_compile
+from vitcmp.attention.softmax import SoftmaxAttention
+from vitcmp.kernels.ops import differential_attention
 
 PAPER = "https://arxiv.org/abs/2410.05258"
 COST = "O(N^2 K)"
@@ -55,8 +55,8 @@ class DifferentialAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         share = self._lambda()
-        if can_compile(q, k, v, self.dropout if self.training else 0.0):
-            return attend(q, k, v, share)[0]
+        if not self.training or not self.dropout:
+            return differential_attention(q, k, v, share)
         first, second = (
             wide(self.map(qm, km, v)) for qm, km in zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)
         )

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
-from vitcmp.attention._summed import attend_efficient, can_sum, efficient_at_once
+from vitcmp.attention._multihead import LayerConfig, MultiHead
+from vitcmp.kernels.ops import efficient_attention
 
 PAPER = "https://arxiv.org/abs/1812.01243"
 COST = "O(N K^2)"
@@ -31,10 +30,7 @@ class EfficientAttention(nn.Module):
     """Shapes: q, k, v and the result are [B, H, N, K]. Computed in fp32 at least."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if can_sum(q, k, v):
-            return attend_efficient(q, k, v)
-        with torch.autocast(q.device.type, enabled=False):
-            return efficient_at_once(wide(q), wide(k), wide(v)).to(v.dtype)
+        return efficient_attention(q, k, v)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
-from vitcmp.attention._entmax import attend_in_torch, attend_on_cpu
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
 from vitcmp.attention.softmax import SoftmaxAttention
+from vitcmp.kernels.ops import entmax_attention
+from vitcmp.kernels.ops.entmax import attend_in_torch
 
 PAPER = "https://arxiv.org/abs/1905.05702"
 COST = "O(N^2 K)"
@@ -66,15 +67,15 @@ class EntmaxAttention(nn.Module):
             alpha = self.alpha(q)
             if self.impl == "package":
                 return (F.dropout(self._package(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)), dropout) @ v).to(dtype)
-            if self.impl == "numba" or (self.impl == "auto" and q.device.type == "cpu" and not dropout):
-                return attend_on_cpu(q, k, v, alpha).to(dtype)
             convex = self.fixed_alpha == "learned" or self.fixed_alpha <= 2
-            return attend_in_torch(q, k, v, alpha, convex, dropout).to(dtype)
+            if dropout:
+                return attend_in_torch(q, k, v, alpha, convex, dropout).to(dtype)
+            return entmax_attention(q, k, v, alpha, convex, form=self.impl).to(dtype)
 
     def _triton(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not q.is_cuda or find_spec("triton") is None:
             raise AttentionError("entmax: impl=triton needs CUDA and the package triton; leave impl at auto")
-        from vitcmp.attention import _entmax_triton as kernels
+        from vitcmp.kernels.triton import entmax as kernels
 
         if not kernels.available(q, k, v):
             raise AttentionError(f"entmax: impl=triton has no kernel for {q.dtype}, head width {q.shape[-1]} on this "

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
 from vitcmp.attention._convolution import AddConvolvedValues, GridConvolution
-from vitcmp.attention._feature_maps import FeatureMap, Products
 from vitcmp.attention._multihead import LayerConfig, MultiHead
+from vitcmp.kernels.feature_maps import FeatureMap, Products
 
 PAPER = "https://arxiv.org/abs/2308.00442"
 COST = "O(N K^2)"

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vitcmp.attention._feature_maps import elu_products
 from vitcmp.attention._multihead import LayerConfig, MultiHead
-from vitcmp.attention._summed import attend_linear, can_sum
+from vitcmp.kernels.ops import linear_attention
 
 PAPER = "https://arxiv.org/abs/2006.16236"
 COST = "O(N K^2)"
@@ -37,9 +36,7 @@ class LinearAttention(nn.Module):
         self.eps = eps
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if can_sum(q, k, v):
-            return attend_linear(q, k, v, self.eps)
-        return elu_products(q.shape[-1], self.eps)(q, k, v)
+        return linear_attention(q, k, v, self.eps)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vitcmp.attention import _neighbours
+from vitcmp.attention import AttentionError
 from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
 from vitcmp.attention._windows import (
     SideTiles,
@@ -33,6 +33,8 @@ from vitcmp.attention._windows import (
     window_side,
     with_prefix,
 )
+from vitcmp.kernels.ops import neighbour_attention
+from vitcmp.kernels.ops.neighbours import links_of
 
 PAPER = "https://arxiv.org/abs/2204.07143"
 COST = "O(N w^2 K)"
@@ -47,18 +49,31 @@ class Config:
 
 
 class LocalAttention(nn.Module):
-    """Shapes: q, k, v and the result are [B, H, N, K]."""
+    """Shapes: q, k, v and the result are [B, H, N, K].
+
+    Raises: AttentionError for another number of tokens than the grid has.
+    """
+
+    keys: Tensor
+    query: Tensor
+    place: Tensor
+    ends: Tensor
 
     def __init__(self, grid: TokenGrid, window: int, dropout: float) -> None:
         super().__init__()
         self.grid, self.dropout = grid, dropout
         self.in_tiles = WindowedPatches(grid, *neighbourhoods(grid, window), dropout)
-        self.pairs = _neighbours.Pairs(neighbours(grid, window), grid.num_tokens)
+        for name, link in links_of(neighbours(grid, window), grid.num_tokens).items():
+            self.register_buffer(name, link, persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if {q.shape[2], k.shape[2]} != {self.grid.num_tokens}:
+            raise AttentionError(f"local: {q.shape[2]} queries and {k.shape[2]} keys, but it was built for "
+                                 f"{self.grid.num_tokens} tokens; build it for another grid")  # fmt: skip
         dropout = self.dropout if self.training else 0.0
         if q.device.type in ("cpu", "meta"):
-            patches = self.pairs(q[:, :, self.grid.num_prefix_tokens :], k, v, dropout)
+            links = [self.keys, self.query, self.place, self.ends]
+            patches = neighbour_attention(q[:, :, self.grid.num_prefix_tokens :], k, v, links, dropout)
         else:
             patches = self.in_tiles(q, k, v)
         return with_prefix(patches, q, k, v, dropout)

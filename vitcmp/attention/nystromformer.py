@@ -17,29 +17,24 @@ m < N they need not come nearer to it, as A^+ blows up what A nearly loses: on r
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from vitcmp.attention import AttentionError, DegenerateWarning
-from vitcmp.attention._kernels.operators import operator
-from vitcmp.attention._kernels.threads import share_out
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
 from vitcmp.attention.softmax import SoftmaxAttention
+from vitcmp.kernels.ops import pseudo_inverse
 
 PAPER = "https://arxiv.org/abs/2102.03902"
 COST = "O(N m K + m^3)"
 APPROXIMATES = "softmax"
 EQUIVARIANT = False
 MAP_NOTE = "map without the convolution"
-MAX_COMPILED = 64
-"""Largest matrix whose pseudo-inverse the kernel finds; for larger ones torch's products are as quick."""
 
 
 @dataclass(frozen=True)
@@ -85,45 +80,6 @@ def segment_means(x: Tensor, num_segments: int) -> Tensor:
 def mean(x: Tensor) -> Tensor:
     """[..., m, n, K] -> [..., m, K]: means over n. To divide the sum is quicker than `mean`, backward most of all."""
     return (x.sum(dim=-2, dtype=wide(x[:0]).dtype) / x.shape[-2]).to(x.dtype)
-
-
-def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
-    """Near the pseudo-inverse of each matrix of [..., m, m], all with non-negative entries and row sums of 1."""
-    is_plain = a.device.type == "cpu" and a.dtype == torch.float32 and a.shape[-1] <= MAX_COMPILED and a.numel() > 0
-    if is_plain and not (a.requires_grad and torch.is_grad_enabled()):
-        return _without_gradient(a, iterations)
-    # |A|_inf, the largest row sum, is 1; |A|_1 is the largest column sum.
-    z = (a.transpose(-2, -1) / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)).flatten(0, -3)
-    flat = a.flatten(0, -3)
-    for _ in range(iterations):
-        # Multiplied out, which needs no I: Z (13 I - P) / 4, P = A Z (15 I - A Z (7 I - A Z)).
-        az = flat @ z
-        p = torch.baddbmm(az, az, torch.baddbmm(az, az, az, beta=-7), beta=15)
-        z = torch.baddbmm(z, z, p, beta=13 / 4, alpha=-1 / 4)
-    return z.view_as(a)
-
-
-@operator("vitcmp::pseudo_inverse")
-def _without_gradient(a: Tensor, iterations: int) -> Tensor:
-    """The same by a compiled kernel, for matrices so small that torch's products are mostly calls."""
-    from vitcmp.attention._kernels import nystromformer as cpu
-
-    a, size = a.detach().contiguous(), a.shape[-1]
-    out, matrices = torch.empty_like(a), a.numel() // size**2
-    arrays = a.view(-1).numpy(), out.view(-1).numpy()
-    share_out(cpu.pseudo_inverse, matrices, min(matrices, torch.get_num_threads()), *arrays, size, iterations)
-    return out
-
-
-@_without_gradient.register_fake
-def _(a: Tensor, iterations: int) -> Tensor:
-    return torch.empty_like(a, memory_format=torch.contiguous_format)
-
-
-@register_flop_formula(torch.ops.vitcmp.pseudo_inverse)
-def _flops(a_shape: Any, iterations: int, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Four products a step."""
-    return 8 * iterations * math.prod(a_shape) * a_shape[-1]
 
 
 class AddSequenceConvolution(nn.Module):

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
-from vitcmp.attention._feature_maps import FeatureMap, Products
 from vitcmp.attention._multihead import LayerConfig, MultiHead, wide
+from vitcmp.kernels.feature_maps import FeatureMap, Products
 
 PAPER = "https://arxiv.org/abs/2009.14794"
 COST = "O(N m K)"

@@ -15,15 +15,13 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vitcmp.attention import AttentionError, _blockwise
+from vitcmp.attention import AttentionError
 from vitcmp.attention._multihead import LayerConfig, MultiHead
-from vitcmp.attention._sigmoid import attend
-from vitcmp.attention.softmax import can_compile
+from vitcmp.kernels.ops import sigmoid_attention
+from vitcmp.kernels.ops.blockwise import explicit
 
 PAPER = "https://arxiv.org/abs/2409.04431"
 COST = "O(N^2 K)"
-MIN_TOKENS = 32
-"""Below, the kernels' vectors are mostly empty."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,9 @@ class SigmoidAttention(nn.Module):
         self.bias, self.dropout = bias, dropout
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
-        if q.shape[-2] >= MIN_TOKENS and can_compile(q, k, v, dropout):
-            return attend(q, k, v, self.bias)
-        return _blockwise.attend(q, k, v, self.bias, dropout)
+        if self.training and self.dropout:
+            return explicit(q, k, v, self.bias, self.dropout)
+        return sigmoid_attention(q, k, v, self.bias)
 
 
 def build(layer: LayerConfig, config: Config) -> nn.Module:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from vitcmp import attention
-from vitcmp.attention import _entmax  # noqa: F401  its operations are counted below
+from vitcmp.kernels._torch import TorchDispatchMode, tree_leaves
 
 if TYPE_CHECKING:
     from vitcmp.models.vit import ViT
@@ -68,7 +66,7 @@ FREE = frozenset(
     slice_backward embedding_dense_backward avg_pool2d_backward _adaptive_avg_pool2d_backward unfold_backward
     upsample_bicubic2d_backward _upsample_bicubic2d_aa_backward native_dropout_backward _fused_rms_norm_backward
     _fused_adamw_ _record_function_enter_new _record_function_exit
-    bias_gelu bias_gelu_backward layer_norm_backward
+    layer_norm_backward
     """.split()  # noqa: SIM905
 )
 _OVERWRITES = frozenset("copy_ fill_ zero_ bernoulli_ resize_".split())  # noqa: SIM905
@@ -239,19 +237,12 @@ def _convolution_backward(
     return 2 * places * weight.numel() * sum(wanted is not None for wanted in out_val[:2])
 
 
-def _entmax_backward(gradient: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> int:
-    """As of other fused attention: scores again, and four products, in full whatever sparsity saves."""
-    heads, tokens, width = q.shape
-    return 10 * heads * tokens**2 * width
-
-
 _FORMULAS: dict[Any, Callable[..., int]] = {
     # Older torch does not know the fused attention of the CPU.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_on_cpu,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_on_cpu_backward,
     # torch's counts the weight's gradient as if there were one group.
     torch.ops.aten.convolution_backward: _convolution_backward,
-    torch.ops.vitcmp.entmax_attention_backward: _entmax_backward,
 }
 """FLOP of operations that torch's counter lacks, or has wrong."""
 if hasattr(torch.ops.aten, "_scaled_dot_product_attention_math_for_mps"):

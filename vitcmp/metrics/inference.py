@@ -9,6 +9,7 @@ import torch
 
 from vitcmp.data.augment import Normalise
 from vitcmp.data.datasets import Split
+from vitcmp.models.fast import fast
 from vitcmp.models.vit import ViT
 
 
@@ -25,7 +26,7 @@ def micro_batch(model: ViT, device: torch.device, batch_size: int) -> int:
 
 def logits_of(model: ViT, split: Split, normalise: Normalise, device: torch.device) -> np.ndarray:
     """Logits in fp32, [N, classes], in the order of `split`; the model is left in evaluation mode."""
-    model.eval()
+    model = fast(model.eval())
     size = micro_batch(model, device, 512)
     with torch.inference_mode():
         parts = [model(normalise(images.to(device))).float().cpu() for images in split.images.split(size)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -71,12 +72,22 @@ class Worker:
     def _start(self) -> None:
         context = machine.process_context(self.device, preload="vitcmp.metrics.workload")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.make, self.args), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, self.make, self.args, _settings()), daemon=True)
         self.process.start()
         theirs.close()
 
 
-def _serve(connection: Connection, make: Callable[..., object], args: tuple[object, ...]) -> None:
+def _settings() -> dict[str, str]:
+    """vitcmp's settings in the environment: a process that is forked from a server has those of the server's start."""
+    return {name: value for name, value in os.environ.items() if name.startswith("VITCMP_")}
+
+
+def _serve(
+    connection: Connection, make: Callable[..., object], args: tuple[object, ...], settings: dict[str, str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("VITCMP_")]:
+        del os.environ[name]
+    os.environ.update(settings)
     # Ctrl-C reaches all processes of a terminal: the one that asks decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     served = None

@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcmp import attention, machine
+from vitcmp import attention, kernels, machine
 from vitcmp.attention import AttentionError, DegenerateWarning, LayerConfig, TokenGrid
 from vitcmp.configs import BenchConfig, ModelConfig, RuntimeConfig
 from vitcmp.data.datasets import load_data
+from vitcmp.kernels import forms
+from vitcmp.kernels._torch import keep_compiled_buffers
 from vitcmp.metrics import approximation, complexity, memory
 from vitcmp.metrics.latency import Call, Timer
 from vitcmp.metrics.roofline import Ceilings, ceilings
 from vitcmp.models.checkpoint import load_run
+from vitcmp.models.fast import fast, fast_block, kind_of
 from vitcmp.models.vit import Block, ViT, initialise
 
 IMAGES = 4
@@ -84,6 +87,7 @@ class Workload:
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.cell, self.device, self.dtype = cell, device, cell.dtype(device)
         module, shared_qk = build_module(cell)
+        module = quick(module, device, self.dtype)
         self.module = module.to(device).train(cell.bench.mode == "train-step")
         self.inputs = _inputs(cell, device, self.dtype, shared_qk)
         self.constants = tuple(x.detach() for x in self.inputs)
@@ -192,6 +196,15 @@ def build_module(cell: Cell) -> tuple[nn.Module, bool]:
     return Core(module), getattr(module, "shared_qk", False)
 
 
+def quick(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A model or block as training has it: with fast blocks, but for fp16 on a CPU, which no kernel computes in."""
+    if device.type == "cpu" and dtype == torch.float16:
+        return module
+    if isinstance(module, ViT):
+        return fast(module)
+    return fast_block(module) if isinstance(module, Block) else module
+
+
 def _inputs(cell: Cell, device: torch.device, dtype: torch.dtype, shared_qk: bool) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
 
@@ -231,6 +244,7 @@ class Station:
         _limit(self.device, limit_mib)
         warnings.simplefilter("ignore")
         self.ready: dict[tuple[Cell, int], tuple[Workload, Timer]] = {}
+        self.ran: dict[Cell, dict[str, Any]] = {}
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
         """What the machine can do in a number format."""
@@ -248,8 +262,17 @@ class Station:
     def prepare(self, cell: Cell, copy: int) -> None:
         """Build a cell, warm it up, and settle how many calls a sample takes."""
         load = Workload(cell, self.device)
+        kernels.forget_used()
         self.ready[cell, copy] = load, Timer(load.call(), self.device)
+        self.ran[cell] = {
+            "blocks_used": kind_of(load.module), "kernels_used": kernels.used(),
+            "kernel_profile": forms.active().digest,
+        }  # fmt: skip
         load.output = None
+
+    def what_ran(self, cell: Cell) -> dict[str, Any]:
+        """Metrics of a prepared cell: fast or plain blocks, the forms of operators, and by which profile."""
+        return self.ran[cell]
 
     def sample(self, cell: Cell, copy: int) -> tuple[float, float]:
         """Milliseconds a call, and the seconds that the sample took, without preparing what a former worker held."""
@@ -332,10 +355,8 @@ def _compiled(module: nn.Module) -> Callable[..., Tensor]:
     def call(*inputs: Tensor) -> Tensor:
         return module(*inputs)
 
-    from torch._functorch import config
-
-    # A timed backward pass goes through its graph more than once, so its buffers are not to be given away.
-    config.donated_buffer = False
+    # A timed backward pass goes through its graph more than once.
+    keep_compiled_buffers()
     own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
     return torch.compile(own, dynamic=False)
 

@@ -32,14 +32,14 @@ class RunInfo:
     digest: str
     """Of the data."""
     logging: dict[str, Any] = field(default_factory=dict)
-    """save_every, log_every and tracker, which a resumed run keeps."""
+    """save_every, log_every, tracker and kernels, which a resumed run keeps."""
     mechanisms: dict[str, str] = field(default_factory=dict)
     """Digests of the files of mechanisms that are not part of vitcmp, by spec."""
 
     @classmethod
     def of(cls, id: str, runtime: RuntimeConfig, key: str, config: RunConfig, data: Data) -> RunInfo:
         """The information of a new run."""
-        logging = {name: getattr(runtime, name) for name in ("save_every", "log_every", "tracker")}
+        logging = {name: getattr(runtime, name) for name in ("save_every", "log_every", "tracker", "kernels")}
         digests = {spec: attention.load(spec).digest for spec in config.model.attention_specs}
         foreign = {spec: digest for spec, digest in digests.items() if digest}
         return cls(

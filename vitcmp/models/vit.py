@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import LayerConfig, TokenGrid, attention_map
-from vitcmp.attention._multihead import MultiHead
 from vitcmp.configs import PRESETS, ModelConfig, UserError, choose, split
-from vitcmp.models._fused import autocasts, layer_norm, linear_gelu
-from vitcmp.models._normed import add_linear, fits, norm_linear, norm_mlp
 
 
 class PatchEmbedding(nn.Module):
@@ -63,95 +60,35 @@ class DropPath(nn.Module):
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
 
-class Norm(nn.LayerNorm):
-    """LayerNorm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-    def then(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        """linear(norm(x)), in one pass where that is quicker."""
-        if not fits(x, linear.weight, linear.bias) or _is_watched(self, linear):
-            return linear(self(x))
-        return norm_linear(x, self.weight, self.bias, self.eps, linear.weight, linear.bias, autocasts())
-
-
 class MLP(nn.Sequential):
     """Linear, GELU, dropout, linear: [B, N, dim] -> [B, N, dim]."""
 
     def __init__(self, dim: int, hidden: int, dropout: float) -> None:
         super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        first, _, dropout, last = self
-        return last(dropout(linear_gelu(x, *first.parameters())))
-
-    def add(self, x: Tensor, norm: Norm) -> Tensor:
-        """x + mlp(norm(x)), without dropout, in one pass where that is quicker."""
-        w1, b1, w2, b2 = self.parameters()
-        if not fits(x, w1, b1, multiple=32) or _is_watched(norm, self, *self):
-            return x + self(norm(x))
-        return norm_mlp(x, norm.weight, norm.bias, norm.eps, w1, b1, w2, b2, autocasts())
-
-
-def add(x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
-    """x + linear(y), in one pass where that is quicker."""
-    of_format = torch.bfloat16 if autocasts() else torch.float32
-    if not fits(x, linear.weight, linear.bias) or _is_watched(linear) or y.dtype != of_format:
-        return x + linear(y)
-    return add_linear(x, y, linear.weight, linear.bias)
-
-
-def _is_watched(*modules: nn.Module) -> bool:
-    """Whether someone waits for the results of one of them."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
-
-
-def _all(x: Tensor) -> Tensor:
-    return x
-
-
-def _first(x: Tensor) -> Tensor:
-    return x[:, :1]
-
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): [B, N, dim] -> [B, N, dim].
-
-    With `first_alone`, the first token alone goes on after the attention, which is of all: [B, N, dim] -> [B, 1, dim].
-    """
+    """x + attention(norm1(x)), then x + mlp(norm2(x)): [B, N, dim] -> [B, N, dim]."""
 
     def __init__(self, dim: int, mlp_dim: int, mixer: nn.Module, dropout: float, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = Norm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = mixer
-        self.norm2 = Norm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, mlp_dim, dropout)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, first_alone: bool = False) -> Tensor:
-        going_on = _first if first_alone else _all
-        if self.training and (self.dropout.p or self.drop_path.probability):
-            x = going_on(x + self.drop_path(self.dropout(self.attention(self.norm1(x)))))
-            return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
-        mixer = self.attention
-        # One with a way of its own from tokens to tokens goes it.
-        if isinstance(mixer, MultiHead) and type(mixer).forward is MultiHead.forward and not _is_watched(mixer):
-            x = add(going_on(x), going_on(mixer.mix(x, self.norm1)), mixer.out)
-        else:
-            x = going_on(x + mixer(self.norm1(x)))
-        return self.mlp.add(x, self.norm2)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.dropout(self.attention(self.norm1(x))))
+        return x + self.drop_path(self.dropout(self.mlp(self.norm2(x))))
 
 
 class ViT(nn.Module):
     """Images [B, channels, height, width] to logits [B, num_classes].
 
     Every parameter's initial value depends on (seed, its name) alone, so two models that differ in the mechanism
-    start from the same weights wherever they share a name.
-
-    In training with a class token, which alone the head reads, it alone goes through what follows the last attention:
-    the same logits and gradients for less work. In evaluation all tokens do.
+    start from the same weights wherever they share a name. `models.fast` computes the same in less time.
 
     Raises: AttentionError where a mechanism cannot work with these sizes.
     """
@@ -210,16 +147,10 @@ class ViT(nn.Module):
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         x = self.dropout(x + self.pos_embed)
-        *blocks, last = self.blocks
-        for block in blocks:
+        for block in self.blocks:
             x = block(x)
-        x = last(x, first_alone=self._reads_first_alone())
         x = self.norm(x[:, 0] if self.config.pool == "cls" else x)
         return self.head(x if self.config.pool == "cls" else x.mean(dim=1))
-
-    def _reads_first_alone(self) -> bool:
-        """Whether nobody needs other tokens than the first after the last attention: in training with a class token."""
-        return self.config.pool == "cls" and self.training and torch.is_grad_enabled()
 
     def _forward_with_maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         if reason := self.no_map:

@@ -127,6 +127,11 @@ def run(
 
     Unless `force`, cells that have an ok record from this code and machine are skipped.
     """
+    with machine.kernels_as(runtime.kernels):
+        return _run(cells, runtime, listen, force)
+
+
+def _run(cells: Sequence[Cell], runtime: RuntimeConfig, listen: Listener, force: bool) -> list[store.Record]:
     device = machine.pick_device(runtime.device)
     store.check_writable(runtime.results)
     if runtime.threads:
@@ -202,6 +207,7 @@ class _Bench:
                 self._step(cell, "warm-up")
                 try:
                     self._ask("prepare", cell, 0)
+                    metrics[cell.name] |= self._ask("what_ran", cell)
                 except CellLost as loss:
                     lost[cell.name] = loss
         state = machine.state(self.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import DegenerateWarning, LayerConfig, Mechanism, TokenGrid, attention_map
+from vitcmp.kernels._torch import forget_compiled
 from vitcmp.metrics.complexity import counted_macs
 
 DIM, HEADS = 32, 2
@@ -295,11 +296,11 @@ def _compiled(mechanism: Mechanism, backend: str = "aot_eager") -> float:
 
 @contextmanager
 def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
+    forget_compiled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         yield
-    torch._dynamo.reset()
+    forget_compiled()
 
 
 CHECKS: dict[str, tuple[Callable[[Mechanism], float], float]] = {

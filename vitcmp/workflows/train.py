@@ -1,7 +1,8 @@
 """Train one model: keeps the best state on validation and the last one, and reads the test images once, at the end.
 
 A run's folder holds config.json, log.jsonl (a line an epoch), model.safetensors (the best on validation),
-last.safetensors, state.pt (all that a resumed run needs to be the same run) and predictions.npz (of the test images).
+last.safetensors, state.pt and kernel_profile.json (all that a resumed run needs to be the same run) and
+predictions.npz (of the test images).
 """
 
 from __future__ import annotations
@@ -24,20 +25,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vitcmp import attention, machine, store
+from vitcmp import attention, kernels, machine, store
 from vitcmp.attention import DegenerateWarning
-from vitcmp.attention._kernels.threads import pool
 from vitcmp.configs import RunConfig, RuntimeConfig, TrainConfig, UserError, resolve_run
 from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
+from vitcmp.kernels import forms
+from vitcmp.kernels._torch import add_all
+from vitcmp.kernels.threads import pool
 from vitcmp.metrics import accuracy, complexity
 from vitcmp.metrics.inference import logits_of, micro_batch
 from vitcmp.metrics.memory import PeakMemory
 from vitcmp.models.checkpoint import RunInfo, load_info, load_weights, save_weights
+from vitcmp.models.fast import fast, kind_of
 from vitcmp.models.vit import ViT, seed_of
 
 Listener = Callable[[dict[str, Any]], None]
 Track = Callable[[str, float, int], None]
+PROFILE = "kernel_profile.json"
+"""In a run's folder: the measurements by which forms were chosen when it began."""
 
 
 class Diverged(Exception):
@@ -88,6 +94,17 @@ def run(
 
     Raises: UserError or AttentionError before anything is written; KeyboardInterrupt and SystemExit after recording.
     """
+    with machine.kernels_as(runtime.kernels):
+        begun_with = resume / PROFILE if resume else None
+        profile = forms.read(begun_with) if begun_with and begun_with.exists() else forms.active()
+        with forms.kept(profile):
+            return _run(config, runtime, resume, listen, data, profile)
+
+
+def _run(
+    config: RunConfig, runtime: RuntimeConfig, resume: Path | None, listen: Listener, data: Data | None,
+    profile: forms.Profile,
+) -> store.Record:  # fmt: skip
     config = canonical(config)
     device = machine.pick_device(runtime.device)
     if runtime.threads:
@@ -106,8 +123,10 @@ def run(
         notes.append("resumed with another version of the code or data")
     if not resume:
         store.write_json(folder / "config.json", asdict(info))
+        profile.save(folder / PROFILE)
     listen({"event": "start", "run": str(folder), "notes": notes})
 
+    kernels.forget_used()
     memory = PeakMemory(device)
     metrics: dict[str, Any] = {"precision_used": machine.precision(config.train.precision, device)}
     status, error = "ok", None
@@ -124,6 +143,7 @@ def run(
         status, error = _status_of(reason, model), f"{type(reason).__name__}: {reason}".splitlines()[0]
         (folder / "error.txt").write_text(traceback.format_exc())
     metrics["peak_memory_mib"] = memory.mib()
+    metrics |= {"kernels_used": kernels.used(), "kernel_profile": profile.digest}
     record = store.new_record(
         id=info.id if status == "ok" else f"{info.id}.{status}.{int(time.time() * 1000)}",
         kind="train", status=status, key=key, config={**config.flat(), "name": info.name},
@@ -235,7 +255,9 @@ def _train_and_test(
     state = _State(model, make_optimizer(model, c, device), ema)
     if (folder / "state.pt").exists():
         state.load(folder / "state.pt", device)
-    step_model = cast(nn.Module, torch.compile(model)) if compiled else model
+    trained = fast(model)
+    metrics["blocks_used"] = kind_of(trained)
+    step_model = cast(nn.Module, torch.compile(trained)) if compiled else trained
     counting = [module for module in model.modules() if hasattr(module, "after_optimizer_step")]
     steps_an_epoch = math.ceil(len(data.train) / c.batch_size)
     schedule = Schedule(c, steps_an_epoch)
@@ -245,7 +267,7 @@ def _train_and_test(
         # Streams are seeded an epoch, so that a resumed run draws what an uninterrupted one would have drawn.
         torch.manual_seed(seed_of(c.seed, f"epoch {epoch}"))
         sums = _EpochSums(torch.zeros((), device=device), torch.zeros((), device=device))
-        model.train()
+        trained.train()
         start = time.perf_counter()
         for step, batch in enumerate(pipeline.epoch(c.batch_size, seed_of(c.seed, f"data {epoch}"))):
             lr = schedule.set_lr(state.optimizer, epoch * steps_an_epoch + step)
@@ -388,7 +410,7 @@ def _gradients(parameters: list[nn.Parameter], losses: Iterable[tuple[Tensor, Te
 
 def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     # Not in place: what autograd returns may be one tensor for two parameters.
-    return list(torch._foreach_add(a, b))
+    return add_all(a, b)
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, share: Tensor, smoothing: float) -> Tensor:

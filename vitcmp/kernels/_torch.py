@@ -1,0 +1,55 @@
+"""All that vitcmp uses of torch beyond what its documentation promises."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.modules import module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "TorchDispatchMode", "add_all", "forget_compiled", "has_global_hooks", "is_watched", "keep_compiled_buffers",
+    "transforms_are_active", "tree_leaves",
+]  # fmt: skip
+
+
+def is_watched() -> bool:
+    """Whether a mode (a counter of operations is one), a transform or the profiler sees each operation."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or transforms_are_active()
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def transforms_are_active() -> bool:
+    """Whether torch.func (vmap, grad, ...) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def has_global_hooks() -> bool:
+    """Whether someone listens to the calls of all modules."""
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
+
+
+def add_all(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The sums of two lists, in new tensors."""
+    return list(torch._foreach_add(a, b))
+
+
+def keep_compiled_buffers() -> None:
+    """Let a compiled backward pass be called more than once."""
+    from torch._functorch import config
+
+    config.donated_buffer = False
+
+
+def forget_compiled() -> None:
+    """Drop all that torch.compile has compiled in this process."""
+    torch._dynamo.reset()

@@ -1,0 +1,23 @@
+"""All that the kernels use of numba and llvmlite beyond what their documentation promises.
+
+A new version of either may move these; then importing this module fails, and every operator runs its reference.
+"""
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
+from numba.core import cgutils
+from numba.core.callconv import excinfo_ptr_t
+from numba.core.compiler import compile_internal
+from numba.core.targetconfig import ConfigStack
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+
+__all__ = [
+    "AbstractTemplate", "ConfigStack", "cgutils", "compile_internal", "excinfo_ptr_t", "get_host_cpu_features",
+    "infer_global", "ir", "return_error", "signature",
+]  # fmt: skip
+
+
+def return_error(context, builder, code, raised):  # type: ignore[no-untyped-def]
+    """Emits a return with the code and the description of what a function raised that was called before."""
+    convention = context.call_conv
+    convention.return_status_propagate(builder, convention._get_return_status(builder, code, raised))
