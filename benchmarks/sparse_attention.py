@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitcmp import machine
-from vitcmp.attention._entmax import attend_on_cpu
+from vitcmp.kernels.ops.entmax import attend_on_cpu
 from vitcmp.metrics.memory import measure_memory, return_freed_memory
 
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]

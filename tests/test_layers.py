@@ -1,8 +1,9 @@
-"""Imports point one way: cli -> workflows -> models, data, metrics, store, render -> attention, configs."""
+"""Imports point one way: cli -> workflows -> models, data, metrics, store, render -> attention, configs -> kernels."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ LEVELS = {
     "workflows": 1,
     "models": 2, "data": 2, "metrics": 2, "store": 2, "machine": 2, "render": 2,
     "attention": 3, "configs": 3,
+    "kernels": 4,
 }  # fmt: skip
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -42,11 +44,31 @@ def test_imports_point_one_way(path: Path) -> None:
     assert own[0] in LEVELS, f"{path} has no place in the layers"
     for dotted in imports(path):
         target = part_of(dotted)
-        if not target or target[0] == own[0] == "attention":
+        if not target or (target[0] == own[0] and own[0] in ("attention", "kernels")):
             continue
         assert LEVELS[target[0]] >= LEVELS[own[0]], f"{path} imports {dotted}"
-        assert own[0] != "attention", f"{path} imports {dotted}: attention knows nothing of vitcmp"
+        if own[0] == "attention":
+            assert target[0] == "kernels", f"{path} imports {dotted}: attention knows kernels alone"
+        assert own[0] != "kernels", f"{path} imports {dotted}: kernels know nothing of vitcmp"
         assert own[0] != "configs", f"{path} imports {dotted}: configs know nothing of vitcmp"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_private_interfaces_have_one_file_each(path: Path) -> None:
+    """What a new version of numba, llvmlite or torch may move stands in one place."""
+    for dotted in imports(path):
+        private = re.match(r"(numba\.core|llvmlite|torch\.(\w+\.)*_\w|torch\._)", dotted)
+        owner = path in (Path("kernels/_torch.py"), Path("kernels/numba/_numba.py"))
+        assert owner or not private, f"{path} imports {dotted}"
+    if path != Path("kernels/_torch.py"):
+        assert not re.search(r"torch\._[a-zC]", (ROOT / path).read_text()), f"{path} uses a private name of torch"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_only_the_door_knows_what_is_compiled(path: Path) -> None:
+    for dotted in imports(path):
+        if dotted.startswith("vitcmp.kernels.numba") or dotted.split(".")[0] == "numba":
+            assert path.parts[0] == "kernels", f"{path} imports {dotted}"
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] == "workflows"], ids=str)

@@ -654,11 +654,22 @@ def runs(
 
 @app.command(rich_help_panel="Look up")
 @options(RuntimeConfig, without=TRAINING_ONLY)
-def doctor(given: dict[str, Any], config: ConfigOption = None) -> None:
-    """What this machine has, and what to install."""
-    from vitcmp.workflows.doctor import run as workflow
+def doctor(
+    given: dict[str, Any],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the forms of all operators first, for auto to choose by.")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
+    """What this machine has, whether its kernels compute right, and what to install."""
+    from vitcmp.workflows import doctor as workflow
 
-    facts = workflow(_runtime(given, config))
+    runtime = _runtime(given, config)
+    if measure:
+        with counted_progress("measuring", 100) as tell:
+            path = workflow.measure(runtime, lambda text, done, total: tell(100 * done // total))
+        output.say(f"written to {path}; auto chooses by it from now on, but where VITCMP_PROFILE=none")
+    facts = workflow.run(runtime, output.say)
     output.show(facts, make_table(["what", "found"], [[name, text] for name, text in facts.items()]))
 
 

@@ -9,18 +9,40 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import DegenerateWarning, LayerConfig, TokenGrid
+from vitcmp.kernels import mode, no_numba
+from vitcmp.kernels.forms import Profile, kept
 from vitcmp.workflows.check import relative as relative
 
 DIM, HEADS, WIDTH = 32, 2, 16
+
+
+needs_kernels = pytest.mark.skipif(bool(no_numba()) or mode() == "off", reason="compiled kernels are switched off")
+
+
+class Always(Profile):
+    """Measurements that find the same forms the quickest everywhere."""
+
+    def __init__(self, *forms: str) -> None:
+        super().__init__("+".join(forms))
+
+    def order(self, *args: Any) -> tuple[str, ...]:
+        return tuple(self.kind.split("+"))
+
+
+def taking(*forms: str) -> AbstractContextManager[None]:
+    """Every operator takes the first of these forms that it has and that can run."""
+    return kept(Always(*forms))
 
 
 @dataclass(frozen=True)

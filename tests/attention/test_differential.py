@@ -7,14 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import DIM, HEADS, WIDTH, Case, make_block, make_layer, make_qkv, merge_heads, project, relative
+from attention_cases import (
+    DIM,
+    HEADS,
+    WIDTH,
+    Case,
+    make_block,
+    make_layer,
+    make_qkv,
+    merge_heads,
+    project,
+    relative,
+    taking,
+)
 from test_softmax import strided, with_gradients
 from torch import Tensor
 
 import vitcmp
 from vitcmp import attention
-from vitcmp.attention import AttentionError, LayerConfig, TokenGrid, attention_map, differential
-from vitcmp.attention._differential import attend, attend_at_once
+from vitcmp.attention import AttentionError, LayerConfig, TokenGrid, attention_map
+from vitcmp.kernels.ops.differential import _attend as attend
+from vitcmp.kernels.ops.differential import explicit
 
 
 def differential_twin(core: Any, q: Tensor, k: Tensor, v: Tensor, index: int = 0) -> Tensor:
@@ -109,7 +122,7 @@ def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
         *qkv, dout = strided(2, 3, tokens, width, dtype)
         inputs = [*qkv, torch.tensor(0.3)]
-        exact = with_gradients(attend_at_once, *(x.double() for x in (*inputs, dout)))
+        exact = with_gradients(explicit, *(x.double() for x in (*inputs, dout)))
         for ours, wanted, x in zip(with_gradients(kernel, *inputs, dout), exact, (dout, *inputs), strict=True):
             assert ours.dtype == x.dtype
             # One token's scores have no gradient.
@@ -133,7 +146,7 @@ def test_gradients_of_gradients() -> None:
     inputs = [*(x.detach() for x in strided(1, 2, 9, 4, torch.float32)[:3]), torch.tensor(0.3)]
     leaves = [x.requires_grad_() for x in inputs]
     found = []
-    for form in (kernel, attend_at_once):
+    for form in (kernel, explicit):
         (dq,) = torch.autograd.grad(form(*leaves).square().sum(), leaves[0], create_graph=True)
         found.append(torch.autograd.grad(dq.square().sum(), leaves))
     for ours, wanted in zip(*found, strict=True):
@@ -151,11 +164,13 @@ def test_the_compiler_takes_it_whole() -> None:
         assert relative(found, wanted) < 1e-6
 
 
-def test_maps_of_a_kernel_equal_maps_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_of_a_kernel_equal_maps_apart() -> None:
     core = make_block("differential").core
     q, k, v, dout = strided(2, HEADS, 33, WIDTH, torch.float32)
-    found = with_gradients(core, q, k, v, dout)
-    monkeypatch.setattr(differential, "can_compile", lambda *_: False)
-    for ours, wanted in zip(found, with_gradients(core, q, k, v, dout), strict=True):
-        assert not torch.equal(ours, wanted)  # another form indeed
-        assert relative(ours, wanted) < 1e-6
+    with taking("numba"):
+        found = with_gradients(core, q, k, v, dout)
+    with taking("apart", "naive"):
+        wanted = with_gradients(core, q, k, v, dout)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert not torch.equal(ours, theirs)  # another form indeed
+        assert relative(ours, theirs) < 1e-6

@@ -9,11 +9,12 @@ import torch
 from attention_cases import HEADS, WIDTH, make_qkv, relative
 from torch import Tensor
 
-from vitcmp.attention import TokenGrid, _feature_maps
+from vitcmp.attention import TokenGrid
 from vitcmp.attention.cosformer import CosformerAttention
 from vitcmp.attention.focused_linear import FocusedLinearAttention
 from vitcmp.attention.linear import LinearAttention
 from vitcmp.attention.performer import PerformerAttention
+from vitcmp.kernels import feature_maps
 
 CORES: dict[str, Callable[[], torch.nn.Module]] = {
     "linear": lambda: LinearAttention(1e-6),
@@ -38,13 +39,13 @@ def results(core: torch.nn.Module, leaves: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 34], ids=lambda n: f"{n} at a time")
 def test_blocks_change_nothing(core: torch.nn.Module, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [x.requires_grad_() for x in make_qkv(17)]
-    monkeypatch.setattr(_feature_maps.Products, "__call__", _feature_maps.Products.plain)
+    monkeypatch.setattr(feature_maps.Products, "__call__", feature_maps.Products.plain)
     wanted = results(core, leaves)
     monkeypatch.undo()
     features = 20 if isinstance(core, PerformerAttention) else WIDTH
     if isinstance(core, CosformerAttention):
         features *= 2 if core.positions == "sequence" else 4
-    monkeypatch.setattr(_feature_maps, "BLOCK", tokens * HEADS * features)
+    monkeypatch.setattr(feature_maps, "BLOCK", tokens * HEADS * features)
     for found, expected in zip(results(core, leaves), wanted, strict=True):
         assert relative(found, expected) < 1e-12
     with torch.no_grad():
@@ -52,10 +53,10 @@ def test_blocks_change_nothing(core: torch.nn.Module, tokens: int, monkeypatch: 
 
 
 def test_blocks_cover_every_token_of_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_feature_maps, "BLOCK", 2 * 4 * 7)
-    one = _feature_maps.FeatureMap()
+    monkeypatch.setattr(feature_maps, "BLOCK", 2 * 4 * 7)
+    one = feature_maps.FeatureMap()
     queries, keys = torch.zeros(3, 2, 17, 1), torch.zeros(3, 2, 3, 1)
-    for images, *blocks in _feature_maps.Products(one, one, num_features=4).blocks(queries, keys):
+    for images, *blocks in feature_maps.Products(one, one, num_features=4).blocks(queries, keys):
         for seen, slices in zip((queries, keys), blocks, strict=True):
             for tokens in slices:
                 seen[images, :, tokens] += 1
@@ -75,7 +76,7 @@ def test_keys_may_be_more_or_fewer(tokens: int, monkeypatch: pytest.MonkeyPatch)
 
     q, k, v = leaves
     wanted = results(core(q, k, v)[:, :, :5])
-    monkeypatch.setattr(_feature_maps, "BLOCK", tokens * HEADS * WIDTH)
+    monkeypatch.setattr(feature_maps, "BLOCK", tokens * HEADS * WIDTH)
     found = results(core(q[:, :, :5], k, v))
     assert all(relative(f, w) < 1e-12 for f, w in zip(found, wanted, strict=True))
 

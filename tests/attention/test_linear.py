@@ -8,8 +8,8 @@ from attention_cases import Case, make_qkv, relative
 from torch import Tensor, nn
 
 from vitcmp.attention import attention_map
-from vitcmp.attention._feature_maps import elu_plus_one
 from vitcmp.attention.linear import LinearAttention
+from vitcmp.kernels.feature_maps import elu_plus_one
 
 
 def linear_twin(core: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

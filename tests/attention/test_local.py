@@ -11,10 +11,11 @@ import torch
 from attention_cases import Case, make_block, make_layer, make_qkv, relative
 from test_softmax import softmax_twin
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitcmp import attention, build_model
 from vitcmp.attention import AttentionError, DegenerateWarning, LayerConfig, TokenGrid, attention_map
+from vitcmp.kernels._torch import TorchDispatchMode
+from vitcmp.kernels.ops import neighbour_attention
 from vitcmp.models.vit import resized
 
 
@@ -91,11 +92,16 @@ def test_local_with_one_window_over_the_grid_is_softmax() -> None:
 def test_pairs_and_tiles_agree(grid: TokenGrid, window: int) -> None:
     core = make_block(f"local:window_size={window}", make_layer(grid)).core.double()
     leaves = [x.requires_grad_() for x in make_qkv(grid.num_tokens)]
-    patches = core.pairs(leaves[0][:, :, grid.num_prefix_tokens :], *leaves[1:], dropout=0.0)
-    upstream = torch.randn(patches.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    results = [(y, *torch.autograd.grad(y, leaves, upstream)) for y in (patches, core.in_tiles(*leaves))]
-    for found, wanted in zip(*results, strict=True):
-        assert relative(found, wanted) < 1e-12
+    links = [core.keys, core.query, core.place, core.ends]
+    queries = leaves[0][:, :, grid.num_prefix_tokens :]
+    pairs, gathered = (neighbour_attention(queries, *leaves[1:], links, 0.0, form=f) for f in ("numba", "gathered"))
+    upstream = torch.randn(pairs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    in_tiles, *results = [
+        (y, *torch.autograd.grad(y, leaves, upstream)) for y in (core.in_tiles(*leaves), pairs, gathered)
+    ]
+    for result in results:
+        for found, wanted in zip(result, in_tiles, strict=True):
+            assert relative(found, wanted) < 1e-12
 
 
 def test_products_of_pairs_can_be_differentiated_again() -> None:
@@ -174,5 +180,5 @@ def test_a_model_with_windows_follows_another_grid_without_warnings(name: str) -
 
 def test_another_number_of_tokens_is_refused() -> None:
     block = make_block("local", make_layer(TokenGrid(4, 4, 1)))
-    with pytest.raises(AttentionError, match="24 queries of 25 tokens where 16 of 17 were expected"):
+    with pytest.raises(AttentionError, match="25 queries and 25 keys, but it was built for 17 tokens"):
         block(torch.zeros(1, 25, make_layer().dim))

@@ -9,12 +9,11 @@ import torch
 from attention_cases import Case, make_block, make_layer, make_qkv, merge_heads, project, relative
 from test_softmax import softmax_twin
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from vitcmp import attention
 from vitcmp.attention import AttentionError, DegenerateWarning, LayerConfig, TokenGrid
 from vitcmp.attention.nystromformer import NystromAttention, pseudo_inverse, segment_means
+from vitcmp.kernels._torch import TorchDispatchMode, tree_leaves
 
 
 def nystrom_twin(core: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vitcmp import attention
 from vitcmp.attention import AttentionError, attention_map
-from vitcmp.attention._blockwise import attend_at_once
-from vitcmp.attention._sigmoid import attend
+from vitcmp.kernels.ops.blockwise import explicit
+from vitcmp.kernels.ops.sigmoid import _attend as attend
 
 
 def sigmoid_twin(core: Any, q: Tensor, k: Tensor, v: Tensor, bias: float | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def test_a_bias_is_a_number_or_auto() -> None:
 def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 6e-3)):
         inputs = strided(2, 3, tokens, width, dtype)
-        exact = with_gradients(lambda *x: attend_at_once(*x, -1.0), *(x.double() for x in inputs))
+        exact = with_gradients(lambda *x: explicit(*x, -1.0), *(x.double() for x in inputs))
         for ours, wanted in zip(with_gradients(lambda *x: attend(*x, -1.0), *inputs), exact, strict=True):
             assert ours.dtype == dtype
             assert relative(ours, wanted) < tolerance
@@ -84,7 +84,7 @@ def test_the_kernels_take_any_number_of_queries_and_keys(dtype: torch.dtype, tol
     for queries, keys in few + in_parts:
         q, k, v, dout = strided(2, 2, max(queries, keys), 12, dtype)
         inputs = q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], dout[:, :, :queries]
-        exact = with_gradients(lambda *x: attend_at_once(*x, -1.0), *(x.double() for x in inputs))
+        exact = with_gradients(lambda *x: explicit(*x, -1.0), *(x.double() for x in inputs))
         for ours, wanted in zip(with_gradients(lambda *x: attend(*x, -1.0), *inputs), exact, strict=True):
             assert relative(ours, wanted) < tolerance
 
@@ -93,8 +93,8 @@ def test_the_kernels_take_any_number_of_queries_and_keys(dtype: torch.dtype, tol
 def test_scores_of_any_size(scale: float) -> None:
     q, k, v, dout = strided(1, 2, 20, 8, torch.float32)
     inputs = q * scale, k, v, dout
-    exact = with_gradients(lambda *x: attend_at_once(*x, -1.0), *(x.double() for x in inputs))
-    of_torch = with_gradients(lambda *x: attend_at_once(*x, -1.0), *inputs)
+    exact = with_gradients(lambda *x: explicit(*x, -1.0), *(x.double() for x in inputs))
+    of_torch = with_gradients(lambda *x: explicit(*x, -1.0), *inputs)
     found = with_gradients(lambda *x: attend(*x, -1.0), *inputs)
     for ours, theirs, wanted in zip(found, of_torch, exact, strict=True):
         assert (ours - wanted).norm() < 3 * (theirs - wanted).norm() + 1e-6 * dout.norm()
@@ -114,7 +114,7 @@ def test_a_bad_query_spoils_its_own_row_alone() -> None:
 def test_gradients_of_gradients() -> None:
     leaves = [x.detach().requires_grad_() for x in strided(1, 2, 9, 4, torch.float32)[:3]]
     found = []
-    for form in (attend, attend_at_once):
+    for form in (attend, explicit):
         (dq,) = torch.autograd.grad(form(*leaves, -1.0).square().sum(), leaves[0], create_graph=True)
         found.append(torch.autograd.grad(dq.square().sum(), leaves))
     for ours, wanted in zip(*found, strict=True):

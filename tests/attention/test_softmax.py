@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from attention_cases import DIM, Case, make_block, relative
 from torch import Tensor, nn
 
-from vitcmp.attention._softmax import attend, attend_at_once
-from vitcmp.attention.softmax import quickest
+from vitcmp.kernels.forms import Cell, Profile, kept
+from vitcmp.kernels.ops import softmax_attention
+from vitcmp.kernels.ops.softmax import attend, naive
 
 
 def softmax_twin(core: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def test_keys_that_come_in_parts(dtype: torch.dtype, tolerance: float) -> None:
 def agrees_with_fp64(queries: int, keys: int, dtype: torch.dtype, tolerance: float) -> None:
     q, k, v, dout = strided(2, 2, max(queries, keys), 12, dtype)
     inputs = q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], dout[:, :, :queries]
-    exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
+    exact = with_gradients(naive, *(x.double() for x in inputs))
     for ours, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), exact, strict=True):
         assert (ours - wanted).norm() <= tolerance * max(float(wanted.norm()), 1.0)
 
@@ -83,7 +84,7 @@ def with_gradients(attend: Callable[..., Tensor], *inputs_and_upstream: Tensor) 
 def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-3)):
         inputs = strided(2, 3, tokens, width, dtype)
-        exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
+        exact = with_gradients(naive, *(x.double() for x in inputs))
         torchs = with_gradients(F.scaled_dot_product_attention, *inputs)
         found = with_gradients(lambda *x: attend(*x)[0], *inputs)
         for ours, theirs, wanted in zip(found, torchs, exact, strict=True):
@@ -96,8 +97,8 @@ def test_the_kernels_are_as_exact_as_torch(tokens: int, width: int) -> None:
 
 ON_ANY_PROCESSOR = """
 import sys, torch
-from vitcmp.attention._kernels import simd
-from vitcmp.attention._softmax import attend
+from vitcmp.kernels.numba import simd
+from vitcmp.kernels.ops.softmax import attend
 assert not simd.MULTIPLIES_PAIRS
 q, k, v, dout = torch.load(sys.argv[1])
 inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -123,8 +124,8 @@ def test_the_kernels_need_no_instruction_for_pairs(tmp_path: Path) -> None:
 def test_scores_of_any_size(tokens: int, scale: float) -> None:
     q, k, v, dout = strided(1, 2, tokens, 8, torch.float32)
     inputs = q * scale, k, v, dout
-    exact = with_gradients(attend_at_once, *(x.double() for x in inputs))
-    of_torch = with_gradients(attend_at_once, *inputs)
+    exact = with_gradients(naive, *(x.double() for x in inputs))
+    of_torch = with_gradients(naive, *inputs)
     for ours, theirs, wanted in zip(with_gradients(lambda *x: attend(*x)[0], *inputs), of_torch, exact, strict=True):
         # Weights of 0 and 1 have no gradients: what is left is rounding, of numbers as large as q.
         assert (ours - wanted).norm() < 3 * (theirs - wanted).norm() + 1e-6 * max(1, scale) * dout.norm()
@@ -147,7 +148,7 @@ def test_a_bad_query_spoils_its_own_row_alone(dtype: torch.dtype, tokens: int, r
 def test_gradients_of_gradients() -> None:
     inputs = [x.detach().requires_grad_() for x in strided(1, 2, 9, 4, torch.float32)[:3]]
     found = []
-    for form in (lambda *x: attend(*x)[0], attend_at_once):
+    for form in (lambda *x: attend(*x)[0], naive):
         (dq,) = torch.autograd.grad(form(*inputs).square().sum(), inputs[0], create_graph=True)
         found.append(torch.autograd.grad(dq.square().sum(), inputs))
     for ours, wanted in zip(*found, strict=True):
@@ -168,32 +169,38 @@ def test_threads_share_heads_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "keys", "dtype", "dropout", "wanted"),
+    ("dtype", "trains", "wanted"),
     [
-        ((2, 4, 65, 12), 65, torch.float32, 0.0, "numba"),
-        ((2, 4, 65, 64), 65, torch.bfloat16, 0.0, "numba"),
-        ((2, 4, 65, 12), 65, torch.float32, 0.1, "merged"),
-        ((2, 4, 65, 12), 65, torch.float64, 0.0, "merged"),
-        ((2, 4, 257, 12), 257, torch.float64, 0.0, "fused"),
-        ((2, 4, 257, 128), 257, torch.float32, 0.0, "numba"),
-        ((2, 4, 257, 192), 257, torch.float32, 0.0, "fused"),
-        ((2, 4, 257, 128), 257, torch.bfloat16, 0.0, "numba"),
-        ((1, 1, 1024, 64), 8, torch.bfloat16, 0.0, "numba"),
-        ((2, 4, 65, 64), 8, torch.bfloat16, 0.0, "merged"),
-        ((2, 4, 17, 64), 17, torch.bfloat16, 0.0, "numba"),
-        ((1, 1, 1024, 128), 1024, torch.bfloat16, 0.0, "numba"),
-        ((1, 1, 1024, 16), 49, torch.bfloat16, 0.0, "numba"),
-        ((1, 1, 1024, 64), 256, torch.float32, 0.0, "numba"),
-        ((1, 1, 16384, 64), 16384, torch.float32, 0.0, "numba"),
-        ((1, 1, 32768, 64), 32768, torch.float32, 0.0, "numba"),
-        ((1, 1, 4, 64), 1024, torch.float32, 0.0, "fused"),
-        ((0, 4, 65, 12), 65, torch.float32, 0.0, "merged"),
+        (torch.float32, False, "fused"),
+        (torch.float32, True, "fused"),
+        (torch.bfloat16, False, "fused"),
+        (torch.bfloat16, True, "merged"),
+        (torch.float16, True, "merged"),
+        (torch.float64, True, "fused"),
     ],
 )
-def test_auto_takes(shape: tuple[int, ...], keys: int, dtype: torch.dtype, dropout: float, wanted: str) -> None:
-    q, k = torch.empty(shape, dtype=dtype), torch.empty(*shape[:2], keys, shape[3], dtype=dtype)
-    assert quickest(q, k, k, dropout) == wanted
-    assert quickest(q.to("meta"), k.to("meta"), k.to("meta"), dropout) == "fused"
+def test_where_nothing_was_measured(dtype: torch.dtype, trains: bool, wanted: str) -> None:
+    q = torch.empty(2, 4, 65, 12, dtype=dtype, requires_grad=trains)
+    with kept(Profile("an unknown CPU")):
+        assert softmax_attention.quickest(q, q, q) == wanted
+        assert softmax_attention.quickest(q.to("meta"), q.to("meta"), q.to("meta")) == "fused"
+
+
+def test_the_nearest_measurement_decides() -> None:
+    def cell(mode: str, tokens: int, **ms: float) -> Cell:
+        return Cell("softmax_attention", "fp32", mode, (16, tokens, tokens), ms)
+
+    profile = Profile("a CPU", (cell("forward", 64, numba=1, fused=2), cell("forward", 1024, fused=1, numba=2),
+                                cell("train", 64, merged=1, fused=2, numba=3)))  # fmt: skip
+    with kept(profile):
+        for tokens, wanted in ((65, "numba"), (17, "numba"), (700, "fused"), (4096, "fused"), (10**6, "fused")):
+            q = torch.empty(1, 1, 1, 16).expand(1, 1, tokens, 16)
+            assert softmax_attention.quickest(q, q, q) == wanted
+            assert softmax_attention.quickest(q.double(), q.double(), q.double()) == "fused"
+        leaf = torch.empty(1, 1, 65, 16, requires_grad=True)
+        assert softmax_attention.quickest(leaf, leaf, leaf) == "merged"
+        with torch.no_grad():
+            assert softmax_attention.quickest(leaf, leaf, leaf) == "numba"
 
 
 def test_attention_of_no_images() -> None:

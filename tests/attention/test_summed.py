@@ -10,13 +10,17 @@ from attention_cases import relative
 from test_softmax import strided, with_gradients
 from torch import Tensor
 
-from vitcmp.attention import _summed
-from vitcmp.attention._kernels.simd import LANES
+from vitcmp.kernels.feature_maps import elu_products
+from vitcmp.kernels.numba.simd import LANES
+from vitcmp.kernels.ops import efficient_attention, linear_attention, summed
 
 EPS = 1e-2
 FORMS = {
-    "efficient": (_summed.attend_efficient, _summed.efficient_at_once),
-    "linear": (lambda *x: _summed.attend_linear(*x, EPS), lambda *x: _summed.linear_at_once(*x, EPS)),
+    "efficient": (lambda *x: efficient_attention(*x, form="numba"), summed.efficient),
+    "linear": (
+        lambda *x: linear_attention(*x, EPS, form="numba"),
+        lambda q, k, v: elu_products(q.shape[-1], EPS).plain(q, k, v),
+    ),
 }
 both = pytest.mark.parametrize(("by_kernel", "at_once"), FORMS.values(), ids=FORMS)
 Form = Callable[..., Tensor]
@@ -97,4 +101,4 @@ def test_gradients_of_gradients(by_kernel: Form, at_once: Form) -> None:
 
 
 def test_a_vector_is_the_kernels() -> None:
-    assert _summed.VECTOR == LANES
+    assert summed.VECTOR == LANES

@@ -108,33 +108,6 @@ def test_mean_pooling_reads_all_patches_and_no_class_token() -> None:
     torch.testing.assert_close(logits, model.head(seen[0].mean(dim=1)))
 
 
-def logits_and_gradients(model: ViT, images: Tensor) -> Tensor:
-    """All in one vector."""
-    logits = model(images)
-    return torch.cat([x.flatten() for x in (logits, *torch.autograd.grad(logits.square().sum(), model.parameters()))])
-
-
-@pytest.mark.parametrize("spec", attention.available(own=True))
-def test_in_training_the_class_token_alone_goes_on_after_the_last_attention(spec: str) -> None:
-    model, images = build_model("vit-48x4", attention=spec), torch.randn(4, 3, 32, 32)
-    tokens: list[int] = []
-    model.blocks[-1].register_forward_hook(lambda _, args, out: tokens.append(out.shape[1]))
-    in_training = logits_and_gradients(model.train(), images)
-    whole = logits_and_gradients(model.eval(), images)
-    assert tokens == [1, 65]
-    assert (in_training - whole).norm() <= 1e-5 * whole.norm()
-
-
-def test_all_tokens_go_on_where_they_are_read() -> None:
-    tokens: list[int] = []
-    for pool, gradients in (("mean", True), ("cls", False)):
-        model = build_model("vit-48x4", pool=pool).train()
-        model.blocks[-1].register_forward_hook(lambda _, args, out: tokens.append(out.shape[1]))
-        with torch.set_grad_enabled(gradients):
-            model(torch.randn(2, 3, 32, 32))
-    assert tokens == [64, 65]
-
-
 def test_patches_are_read_row_by_row() -> None:
     embed = PatchEmbedding(channels=2, dim=8, patch=2, stem="linear")
     image = torch.arange(32.0).view(1, 2, 4, 4)

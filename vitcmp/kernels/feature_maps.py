@@ -76,7 +76,7 @@ class Products:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, list[list[Tensor]]]:
         """The output; with `keep`, of each chunk of images: S, z, and each block's features and normaliser."""
-        out, kept = torch.empty_like(q, dtype=v.dtype), []
+        out, kept = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype), []
         for images, query_blocks, key_blocks in self.blocks(q, k):
             summed = total = torch.zeros((), dtype=wide(q[:0]).dtype, device=q.device)
             parts = self.key.together(self.key(_rows(k, images, t), t) for t in key_blocks)

@@ -35,6 +35,7 @@ class Operator:
     `dtypes`, `grid`: number formats and sizes at which `vitcmp doctor --measure` times the forms.
     `tolerance`: the error of the kernel, relative, that is rounding.
     `has_gradient`: whether the kernel has a backward pass.
+    `left_out`: forms that are taken only where the caller asks for them.
     `dtype(*args)`: the number format of the products, that of the first argument unless given.
     """
 
@@ -52,14 +53,16 @@ class Operator:
         unmeasured: Callable[[torch.dtype, bool], Sequence[str]] | None = None,
         tolerance: Mapping[torch.dtype, float] | None = None,
         has_gradient: bool = True,
+        left_out: Sequence[str] = (),
         dtype: Callable[..., torch.dtype] = lambda x, *rest: x.dtype,
     ) -> None:
         self.name, self.forms, self.accepts, self.sizes, self.dtype = name, dict(forms), accepts, sizes, dtype
         self.example, self.grid, self.dtypes = example, tuple(grid), tuple(dtypes)
         self.reference = next(iter(self.forms))
+        self.choices = tuple(form for form in self.forms if form not in left_out)
         self.shapes = Shapes(name, shapes, list(inspect.signature(self.forms[self.reference]).parameters))
         self.unmeasured = unmeasured or (lambda dtype, trains: tuple(self.forms))
-        self.tolerance = tolerance or {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+        self.tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2, **(tolerance or {})}
         self.has_gradient = has_gradient
         _operators[name] = self
 
@@ -137,6 +140,11 @@ class Operator:
             for a, b in zip(found, exact, strict=True)
         ]
         return max(float(error.nan_to_num(nan=torch.inf)) for error in errors)
+
+
+def can_run(operator: Operator, args: tuple[Any, ...], dtype: torch.dtype, trains: bool) -> bool:
+    """Whether the kernel takes these arguments, with gradients if it trains, and runs on this machine."""
+    return operator._takes(args) and _is_ready(operator.name, dtype, trains)
 
 
 def operators() -> dict[str, Operator]:

@@ -14,6 +14,9 @@ from torch import Tensor
 BROADCAST = "BH"
 """Dimensions that torch broadcasts in a product of matrices: images and heads."""
 
+WIDTHS = "KCDF"
+"""Dimensions that cannot be empty: widths of heads and layers."""
+
 
 class ShapeError(ValueError):
     """Tensors whose shapes do not fit an operator; the message names them."""
@@ -46,10 +49,14 @@ class Shapes:
             for letter, size in zip(word, shape):
                 if found.setdefault(letter, size) != size:
                     return self._broadcast(args)
+        if not all(found.get(letter, 1) for letter in WIDTHS):
+            self._refuse(args)
         return args
 
     def _broadcast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         sizes: dict[str, int] = {}
+        if not any(x is not None and x.dim() == len(word) for word, x in zip(self.words, args) if word[0] == "B"):
+            self._refuse(args)
         for word, x in zip(self.words, args):
             if x is None or word[0] == "*" or x.dim() > len(word):
                 self._refuse(args)
@@ -64,6 +71,8 @@ class Shapes:
                 self._refuse(args)
             for letter in missing:
                 sizes.setdefault(letter, 1)
+        if not all(sizes.get(letter, 1) for letter in WIDTHS):
+            self._refuse(args)
         whole = (x.expand([sizes[letter] for letter in word]) for word, x in zip(self.words, args))
         return (*whole, *args[len(self.words) :])
 

@@ -47,8 +47,8 @@ def switched(value: str) -> Iterator[None]:
     """Another mode for a while, in this process and the ones that it starts."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = value
-    mode()
     try:
+        mode()
         yield
     finally:
         if before is None:

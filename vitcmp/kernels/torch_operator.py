@@ -31,6 +31,7 @@ class TorchOperator:
         self.overload = self.packet.default
 
     def __call__(self, *args: Any) -> Any:
+        """The operator's result."""
         return (self.overload if _is_seen(args) else self.direct)(*args)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,9 +70,9 @@ class TorchOperator:
     ) -> None:
         """Makes it differentiable, any number of times.
 
-        Its first `tensors` arguments are tensors or None, the others constants. What it returns beside the output is for
-        backward: `backward(dout, *tensors, *what else was returned, *constants)` is the list of the tensors' gradients;
-        with `residual`, the output is the first tensor plus something, and the list begins with the second one's.
+        Its first `tensors` arguments are tensors or None, the others constants. What it returns beside the output is
+        for backward: `backward(dout, *tensors, *what else was returned, *constants)` lists the tensors' gradients; with
+        `residual`, the output is the first tensor plus something, and the list begins with the second one's.
         Where gradients are to be differentiated again, they come from the reference.
         """
 
@@ -96,7 +97,7 @@ class TorchOperator:
 
 
 def _is_seen(args: tuple[Any, ...]) -> bool:
-    """Whether torch's compiler, tracer, profiler or a mode sees the call, or an argument is no plain tensor on the CPU."""
+    """Whether torch's compiler, tracer, profiler or a mode sees the call, or a tensor is no plain one on the CPU."""
     if torch.compiler.is_compiling() or is_watched() or torch.jit.is_tracing():
         return True
     return any(isinstance(x, Tensor) and (type(x) not in (Tensor, Parameter) or x.device.type != "cpu") for x in args)
@@ -111,6 +112,8 @@ def differentiable(
     reference: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `reference(*inputs)` by torch alone, for a caller who will differentiate them again."""
+    # Aliases, so that an input which was made of another one does not count twice.
+    inputs = tuple(None if x is None else x.view_as(x) for x in inputs)
     leaves = [x for x in inputs if x is not None and x.requires_grad]
     found = iter(torch.autograd.grad(reference(*inputs), leaves, upstream, create_graph=True))
     return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)

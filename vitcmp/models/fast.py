@@ -108,9 +108,10 @@ def is_untouched(block: nn.Module) -> bool:
         # Others are called whole, so what is inside them is their own.
         types += [(m, nn.Linear) for m in (mixer.qkv if mixer.merged else None, mixer.out) if m is not None]
         types.append((mixer, MultiHead))
-    norms = all(n.elementwise_affine and n.bias is not None for n in (block.norm1, block.norm2))
-    biases = first.bias is not None and second.bias is not None
-    return norms and biases and gelu.approximate == "none" and all(type(m) is t and not is_heard(m) for m, t in types)
+    if any(type(module) is not kind or is_heard(module) for module, kind in types):
+        return False
+    parameters = [block.norm1.weight, block.norm1.bias, block.norm2.weight, block.norm2.bias, first.bias, second.bias]
+    return gelu.approximate == "none" and all(p is not None for p in parameters)
 
 
 def is_heard(module: nn.Module) -> bool:

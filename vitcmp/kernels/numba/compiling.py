@@ -34,9 +34,11 @@ from vitcmp.kernels.numba._numba import (
     cgutils,
     compile_internal,
     excinfo_ptr_t,
+    host_cpu,
     ir,
     return_error,
     signature,
+    versions,
 )
 
 # Sums may be reordered. Not `nnan`, `ninf`: a diverging model must show.
@@ -55,7 +57,7 @@ def digest_of(folder: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: a folder for each state of the sources, in NUMBA_CACHE_DIR or ~/.cache/vitcmp."""
+    """Where compiled kernels are kept: a folder a state of the sources, under NUMBA_CACHE_DIR or the user's cache."""
     root = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "vitcmp" / "kernels" / digest_of(Path(__file__).parent)
 
@@ -155,11 +157,5 @@ def in_parts(typing, work, team, args):  # type: ignore[no-untyped-def]
 
 def environment() -> str:
     """12 hex digits of all beside the sources that a compiled kernel depends on: versions, and the CPU's name."""
-    import llvmlite  # type: ignore[import-untyped]
-    import numba
-    import numpy
-    from llvmlite.binding import get_host_cpu_name  # type: ignore[import-untyped]
-
-    cpu = config.CPU_NAME or get_host_cpu_name(), config.CPU_FEATURES or ""  # type: ignore[attr-defined]
-    facts = numba.__version__, llvmlite.__version__, numpy.__version__, *cpu
+    facts = *versions(), config.CPU_NAME or host_cpu(), config.CPU_FEATURES or ""  # type: ignore[attr-defined]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]

@@ -186,7 +186,7 @@ def _run_backward(kernel: str, sizes: list[int], x: Tensor, w: Tensor, *args: Te
 
 
 def _fits(x: Tensor, w: Tensor, *parameters: Tensor | None, multiple: int = LANES) -> bool:
-    """Whether the kernel takes a layer of weight w, [F, D], on rows of x: sizes in whole vectors, in fp32, not small."""
+    """Whether the kernel takes a layer of weight w, [F, D], on rows of x: in whole vectors, in fp32, not small."""
     outputs, width = w.shape
     in_vectors = width % LANES == 0 == outputs % multiple and w.numel() <= MAX_WEIGHTS
     in_fp32 = all(p is None or p.dtype == torch.float32 for p in (w, *parameters))
@@ -202,13 +202,13 @@ def _example(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Any, ...]:
 
 
 def _example_sum(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Any, ...]:
-    width, outputs, rows = sizes
+    _, outputs, rows = sizes
     y, _, _, w, b, _, in_bf16 = _example(dtype, sizes)
     return torch.randn(rows, outputs, generator=torch.Generator().manual_seed(1)), y.to(dtype), w, b, in_bf16
 
 
 def _example_mlp(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Any, ...]:
-    width, hidden, rows = sizes
+    width, hidden, _ = sizes
     x, weight, bias, w1, b1, eps, in_bf16 = _example(dtype, sizes)
     w2 = torch.randn(width, hidden, generator=torch.Generator().manual_seed(1)) / hidden**0.5
     return x, weight, bias, w1, b1, w2, bias, eps, in_bf16

@@ -106,7 +106,7 @@ product.register_flops(lambda kind, x, y, links: 2 * x[0] * links[0][0] * links[
 def _accepts(q: Tensor, k: Tensor, v: Tensor, links: list[Tensor], dropout: float) -> bool:
     keys, *_, ends = links
     fits = q.shape[2] == len(keys) and k.shape[2] == len(ends) - 1 and k.shape == v.shape
-    return fits and all(x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in (q, k, v))
+    return fits and len({wide(x).dtype for x in (q, k, v)}) == 1
 
 
 def _example(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Any, ...]:

@@ -7,8 +7,8 @@ import torch
 from attention_cases import relative
 from torch import Tensor
 
-from vitcmp.attention import _blockwise
-from vitcmp.attention._blockwise import attend, attend_at_once
+from vitcmp.kernels.ops import blockwise
+from vitcmp.kernels.ops.blockwise import attend, explicit
 
 BIAS = -2.0
 
@@ -17,7 +17,7 @@ BIAS = -2.0
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one head and three queries; the last ones have two."""
     for name, value in {"BLOCK_SCORES": {"cpu": 60}, "MIN_QUERIES": 3, "MIN_TOKENS": 0}.items():
-        monkeypatch.setattr(_blockwise, name, value)
+        monkeypatch.setattr(blockwise, name, value)
 
 
 def make_leaves(dtype: torch.dtype = torch.float64, tokens: int = 20) -> list[Tensor]:
@@ -33,7 +33,7 @@ def make_leaves(dtype: torch.dtype = torch.float64, tokens: int = 20) -> list[Te
 def test_blocks_equal_the_whole(dtype: torch.dtype, tolerance: float) -> None:
     leaves = make_leaves(dtype)
     results = []
-    for y in (attend(*leaves, BIAS), attend_at_once(*(x.double() for x in leaves), BIAS)):
+    for y in (attend(*leaves, BIAS), explicit(*(x.double() for x in leaves), BIAS)):
         upstream = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
         results.append((y, *torch.autograd.grad(y, leaves, upstream)))
     for found, wanted in zip(*results, strict=True):
@@ -59,6 +59,6 @@ def test_the_compiler_takes_it_whole() -> None:
 
 def test_every_query_is_in_one_block() -> None:
     seen = torch.zeros(7, 20, dtype=torch.int64)
-    for heads, rows in _blockwise._blocks(torch.empty(7, 20, 4)):
+    for heads, rows in blockwise._blocks(torch.empty(7, 20, 4), 20):
         seen[heads, rows] += 1
     assert (seen == 1).all()

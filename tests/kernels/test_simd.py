@@ -7,7 +7,7 @@ import pytest
 import torch
 from numba import njit
 
-from vitcmp.attention._kernels import simd
+from vitcmp.kernels.numba import simd
 
 
 @pytest.mark.parametrize("compresses", [True, False])

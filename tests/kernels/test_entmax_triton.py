@@ -17,7 +17,7 @@ import torch
 from attention_cases import relative
 from torch import Tensor
 
-from vitcmp.attention._entmax import attend_in_torch
+from vitcmp.kernels.ops.entmax import attend_in_torch
 
 pytest.importorskip("triton", reason="Triton, in which these kernels are written, is not installed")
 
@@ -38,7 +38,7 @@ CASES = {
 
 def errors(name: str) -> list[float]:
     """Of the output, and of the gradients of the projection and, where learned, alpha: relative, against fp64."""
-    from vitcmp.attention._entmax_triton import attend
+    from vitcmp.kernels.triton.entmax import attend
 
     batch, heads, tokens, width, alpha, dtype, std = CASES[name]
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def errors(name: str) -> list[float]:
 
 def zeros_that_differ() -> float:
     """Share of the weights that are 0 here and not there."""
-    from vitcmp.attention._entmax_triton import attend
+    from vitcmp.kernels.triton.entmax import attend
 
     q, k = (torch.randn(1, 1, 64, 64) for _ in "qk")
     identity = torch.eye(64).expand(1, 1, 64, 64)
@@ -68,7 +68,7 @@ def zeros_that_differ() -> float:
 
 def rows_of_nan() -> list[int]:
     """The rows without a number, where one query, then where one key has none."""
-    from vitcmp.attention._entmax_triton import attend
+    from vitcmp.kernels.triton.entmax import attend
 
     counts = []
     for broken in (0, 1):
@@ -80,7 +80,7 @@ def rows_of_nan() -> list[int]:
 
 def second_derivatives() -> float:
     """Error of the gradient of a gradient's norm."""
-    from vitcmp.attention._entmax_triton import attend
+    from vitcmp.kernels.triton.entmax import attend
 
     q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in "qkv")
     alphas = torch.full((1, 2, 1, 1), 1.5)
@@ -94,7 +94,7 @@ def second_derivatives() -> float:
 
 def operator_is_sound() -> bool:
     """Schema, shapes and strides told to the compiler, registration of the derivative."""
-    from vitcmp.attention import _entmax_triton as kernels
+    from vitcmp.kernels.triton import entmax as kernels
 
     q, k, v = (torch.randn(2, 10, 2, 16).transpose(1, 2).requires_grad_() for _ in "qkv")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -107,7 +107,11 @@ def interpreted() -> dict[str, dict[str, list[float]]]:
     """All of the above from a process of its own: Triton interprets all kernels of a process or none."""
     command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve())]
     done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=250
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -142,7 +146,7 @@ def shared_memory(kernel: str, capability: int, dtype: torch.dtype, width: int, 
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from vitcmp.attention import _entmax_triton as kernels
+    from vitcmp.kernels.triton import entmax as kernels
 
     function = getattr(kernels, kernel)
     sizes = kernels._sizes(tokens, width, dtype, forward=kernel == "_forward")

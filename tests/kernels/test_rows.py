@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitcmp.models import _fused
-from vitcmp.models._fused import bias_gelu, layer_norm, linear_gelu, norm
+from vitcmp.kernels.ops.rows import _gelu as bias_gelu
+from vitcmp.kernels.ops.rows import _norm as norm
+from vitcmp.kernels.ops.rows import layer_norm, linear_gelu
 
 SHAPES = [(1, 1), (3, 7), (2, 65, 192), (130, 16), (257, 50)]
 
@@ -65,22 +65,15 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
     assert out.isfinite().all(dim=1).tolist() == [i not in (3, 7) for i in range(20)]
 
 
-def autocast(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return function(*args)
-
-
-def test_a_large_layer_is_fused_and_agrees_with_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("in_bf16", "tolerance"), [(False, 5e-6), (True, 2**-6)])
+def test_the_forms_agree(in_bf16: bool, tolerance: float) -> None:
     x, w, b = torch.randn(40, 65, 48), torch.randn(96, 48) / 7, torch.randn(96)
-    for function, args in ((linear_gelu, (x, w, b)), (layer_norm, (x, w[0], w[1], 1e-6))):
-        fused, in_bf16 = function(*args), autocast(function, *args)
-        monkeypatch.setattr(_fused, "MIN_NUMBERS", 1 << 40)
-        plain, plain_in_bf16 = function(*args), autocast(function, *args)
-        monkeypatch.undo()
-        torch.testing.assert_close(fused, plain, rtol=0, atol=5e-6)
-        assert in_bf16.dtype == torch.bfloat16
-        torch.testing.assert_close(in_bf16.float(), plain_in_bf16.float(), rtol=2**-6, atol=2**-6)
-        assert not torch.equal(fused, plain), "both took the same way"
+    for operator, args in ((linear_gelu, (x, w, b, in_bf16)), (layer_norm, (x, w[0], w[1], 1e-6, in_bf16))):
+        assert operator.can_compile(*args)
+        compiled, plain = operator(*args, form="numba"), operator(*args, form="torch")
+        assert compiled.dtype == plain.dtype == (torch.bfloat16 if in_bf16 else torch.float32)
+        torch.testing.assert_close(compiled, plain, rtol=tolerance, atol=tolerance)
+        assert not torch.equal(compiled, plain), "both took the same way"
 
 
 def test_gradients_can_be_differentiated_again() -> None:

@@ -14,14 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitcmp.metrics.complexity import count, counted_macs
-from vitcmp.models import _normed
-from vitcmp.models._normed import add_linear, norm_linear, norm_mlp
-from vitcmp.models.vit import build_model
+from vitcmp.kernels.ops import layers
 
 SIZES = [(1, 16, 16), (77, 32, 96), (1, 48, 144), (531, 48, 192), (300, 128, 512)]
 """Rows, inputs, outputs: less and more than a block, all columns in whole panels or not."""
 EPS = 1e-6
+
+
+def norm_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, w: Tensor, b: Tensor | None, in_bf16: bool
+) -> Tensor:
+    return layers._norm_linear(x, weight, bias, w, b, eps, in_bf16)
+
+
+def add_linear(x: Tensor, y: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return layers._add_linear(x, y, w, b, y.dtype == torch.bfloat16)
+
+
+def norm_mlp(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *matrices_and_format: Any) -> Tensor:
+    *matrices, in_bf16 = matrices_and_format
+    return layers._norm_mlp(x, weight, bias, *matrices, eps, in_bf16)
 
 
 def parameters(width: int, *shapes: tuple[int, ...]) -> list[Tensor]:
@@ -141,77 +153,20 @@ def test_the_operators_keep_torchs_rules() -> None:
     leaves = [p.requires_grad_() for p in parameters(16, (32, 16), (32,), (16, 32), (16,))]
     weight, bias, w1, b1, w2, b2 = leaves
     for operator, args in (
-        (norm_linear, (x, weight, bias, EPS, w1, b1, False)),
-        (norm_linear, (x, weight, bias, EPS, w1, None, True)),
-        (norm_mlp, (x, weight, bias, EPS, w1, b1, w2, b2, True)),
-        (add_linear, (x, y, w2, b2)),
+        (layers._norm_linear, (x, weight, bias, w1, b1, EPS, False)),
+        (layers._norm_linear, (x, weight, bias, w1, None, EPS, True)),
+        (layers._norm_mlp, (x, weight, bias, w1, b1, w2, b2, EPS, True)),
+        (layers._add_linear, (x, y, w2, b2, False)),
     ):
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(operator.overload, args, test_utils=checks)
-
-
-def forms(monkeypatch: pytest.MonkeyPatch, wide_vectors: bool) -> None:
-    """Has every processor take the one pass, or none."""
-    monkeypatch.setattr(_normed, "WIDE_VECTORS", {False: wide_vectors, True: wide_vectors})
-
-
-@pytest.mark.parametrize("attention", ["softmax", "linear", "nystromformer", "xca", "softmax:impl=naive"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_model_is_the_same_in_one_pass_a_layer(
-    precision: str, attention: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, images = build_model(attention=attention, qkv_bias=attention != "linear"), torch.randn(8, 3, 32, 32)
-    found = []
-    for wide_vectors in (True, False):
-        forms(monkeypatch, wide_vectors)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(images)
-        gradients = torch.autograd.grad(logits.float().square().sum(), model.parameters())
-        found.append(torch.cat([x.detach().float().flatten() for x in (logits, *gradients)]))
-    one_pass, plain = found
-    assert not torch.equal(one_pass, plain), "both took the same way"
-    assert (one_pass - plain).norm() <= (2**-6 if precision == "bf16" else 1e-5) * plain.norm()
-
-
-def test_who_watches_a_layer_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    forms(monkeypatch, wide_vectors=True)
-    model, images, seen = build_model(), torch.randn(8, 3, 32, 32), []
-    block = model.blocks[1]
-    for name in ("norm1", "attention", "attention.qkv", "attention.out", "norm2", "mlp", "mlp.0", "mlp.1"):
-        block.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
-    model(images)
-    layers = ["norm1", "attention.qkv", "attention.out", "attention", "norm2", "mlp"]
-    assert [name for name in seen if name in layers] == layers
-
-
-def test_dropout_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    forms(monkeypatch, wide_vectors=True)
-    for settings in ({"dropout": 0.5}, {"drop_path": 0.5}):
-        model, images = build_model(**settings).train(), torch.randn(8, 3, 32, 32)
-        assert not torch.equal(model(images), model(images))
-        model.eval()
-        assert torch.equal(model(images), model(images))
-
-
-def test_multiply_adds_are_counted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    # All four blocks in evaluation; in training the last one's class tokens are too few for one pass.
-    for training, blocks in ((False, 4), (True, 3)):
-        model, images, macs = build_model().train(training), torch.randn(8, 3, 32, 32), []
-        for wide_vectors in (True, False):
-            forms(monkeypatch, wide_vectors)
-            step = count(lambda model=model, images=images: model(images).sum().backward())
-            macs.append((counted_macs(model, images), step.macs))
-        one_pass, plain = macs
-        assert one_pass[0] == plain[0]
-        # Backward, the MLP's first product is computed again: 65 tokens, 48 numbers, 192 hidden ones.
-        assert one_pass[1] - plain[1] == 8 * 65 * 48 * 192 * blocks
 
 
 def test_without_wide_vectors_the_kernels_compute_the_same(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import test_normed as t
+import test_layers_in_one_pass as t
 t.test_an_mlp(True, 2**-6, 77, 32, 96)
 """
     variables = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}

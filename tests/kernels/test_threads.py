@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitcmp.attention._kernels import threads
-from vitcmp.attention._kernels.compiling import in_parts, inner, kernel
-from vitcmp.attention._kernels.threads import run_beside, share_out
+from vitcmp.kernels import threads
+from vitcmp.kernels.numba.compiling import in_parts, inner, kernel
+from vitcmp.kernels.threads import run_beside, share_out
 
 
 @pytest.fixture(params=["torch's", "own"])
@@ -59,6 +59,26 @@ def test_parts_are_done_once_each(size: int, threads: int) -> None:
 def test_a_kernel_without_memory_says_so(threads: int) -> None:
     with pytest.raises(MemoryError):
         share_out(ask, 8, threads, 1 << 60)
+
+
+@inner
+def _refuse(limit, first, last):  # type: ignore[no-untyped-def]
+    for i in range(first, last):
+        if i > limit:
+            raise ValueError("beyond the limit")
+
+
+@kernel
+def refuse(team, *args):  # type: ignore[no-untyped-def]
+    in_parts(_refuse, team, args)
+
+
+@pytest.mark.usefixtures("_threads_of")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_a_kernel_raises_is_raised(threads: int) -> None:
+    share_out(refuse, 8, threads, 7)
+    with pytest.raises(ValueError, match="beyond the limit"):
+        share_out(refuse, 8, threads, 5)
 
 
 @pytest.mark.usefixtures("_threads_of")
