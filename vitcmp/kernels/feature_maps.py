@@ -56,7 +56,7 @@ class Products:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or not q.numel() * k.numel():
                 return self.plain(q, k, v)
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
                 return _Products.apply(q, k, v, self)

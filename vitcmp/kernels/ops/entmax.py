@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitcmp.kernels.operator import Operator
 from vitcmp.kernels.ops.softmax import GRID, example, sizes_of
+from vitcmp.kernels.tensors import wide
 from vitcmp.kernels.threads import run_beside
 from vitcmp.kernels.torch_operator import differentiable, torch_operator
 
@@ -295,7 +296,7 @@ def _accepts(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, convex: bool) -> bo
 def _reference(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, convex: bool) -> Tensor:
     if k.shape[2] == 0:
         return q @ (k.mT @ v)  # zeros, as of softmax
-    return attend_in_torch(q, k, v, alpha, convex)
+    return attend_in_torch(wide(q), wide(k), wide(v), alpha, convex).to(v.dtype)
 
 
 entmax_attention = Operator(
