@@ -86,7 +86,7 @@ class LSHAttention(nn.Module):
         hidden = self._hidden(buckets, order, slots)
         with torch.autocast(q.device.type, enabled=False):
             itself = scores[..., -self.bucket_size :].diagonal(dim1=-2, dim2=-1)
-            own = 0 * itself.detach() + SELF  # NaN stays: a token that sees only itself would hide it
+            own = 0 * itself.detach() + SELF  # NaN stays NaN, or a token that sees only itself would hide it
             scores.masked_fill_(hidden, -torch.inf)
             # A token meets itself in every round, in its own slot, so no row is all -inf. As low as the score is, it
             # counts only for a token that sees no other.
