@@ -145,6 +145,26 @@ def test_what_a_warm_up_freed_does_not_count() -> None:
     assert found["inference_memory_mib"] == pytest.approx(held * per_agent + 8, rel=0.08)  # and the result
 
 
+def model_memory(spec: str, precision: str) -> float | None:
+    bench = BenchConfig(level="model", tokens=64, batch_size=64, precision=precision)
+    (cell,) = cells_of([spec], resolve_run({"dataset": "fake"}).model, bench)
+    return MemoryStation("cpu", 1, 4096).memory(cell)["peak_memory_mib"]
+
+
+@knows
+@pytest.mark.parametrize("spec", ["performer", "cosformer"])
+def test_kernels_that_a_larger_batch_loads_do_not_count(spec: str) -> None:
+    """A hundred MiB of compiler: the model's kernels begin with more numbers than one image has, these cores have none.
+
+    And features, computed in fp32 at least, take no more memory in bf16.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    in_fp32, in_bf16 = (in_child(spawn, model_memory, spec, precision) for precision in ("fp32", "bf16"))
+    features = 64 * 8 * 65 * 64 * 4 / 2**20  # MiB of 64 features at most of 64 images' tokens in 8 heads
+    assert in_fp32 < 2 * features
+    assert in_bf16 < 3 * in_fp32
+
+
 @knows
 def test_a_known_allocation_in_a_child_that_starts_from_nothing() -> None:
     found = in_child(multiprocessing.get_context("spawn"), allocate, 64)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
 from vitcmp.attention._convolution import AddConvolvedValues, GridConvolution
-from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
+from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, wide
 from vitcmp.attention.spatial_reduction import region_means
 
 PAPER = "https://arxiv.org/abs/2312.08874"
@@ -83,7 +83,7 @@ class AgentBias(nn.Module):
 
 
 class AgentAttention(nn.Module):
-    """Shapes: q, k, v and the result are [B, H, N, K]."""
+    """Shapes: q, k, v and the result are [B, H, N, K]. Agents, scores and weights are computed in fp32 at least."""
 
     def __init__(self, num_heads: int, grid: TokenGrid, agents: TokenGrid, bias: bool, dropout: float) -> None:
         super().__init__()
@@ -97,12 +97,14 @@ class AgentAttention(nn.Module):
         return F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        agents = region_means(q[..., self.grid.num_prefix_tokens :, :], self.grid, self.agents)  # [B, H, n, K]
-        agents = agents * q.shape[-1] ** -0.5
-        collect_bias = None if self.collect_bias is None else self.collect_bias()
-        collected = self._weights(agents @ k.transpose(-2, -1), collect_bias) @ v  # [B, H, n, K]
-        read_bias = None if self.read_bias is None else self.read_bias.by_token()
-        return (self._weights(q @ agents.transpose(-2, -1), read_bias) @ collected).to(v.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = wide(q), wide(k)
+            agents = region_means(q[..., self.grid.num_prefix_tokens :, :], self.grid, self.agents)  # [B, H, n, K]
+            agents = agents * q.shape[-1] ** -0.5
+            collect_bias = None if self.collect_bias is None else self.collect_bias()
+            collected = self._weights(agents @ k.transpose(-2, -1), collect_bias).to(v.dtype) @ v  # [B, H, n, K]
+            read_bias = None if self.read_bias is None else self.read_bias.by_token()
+            return self._weights(q @ agents.transpose(-2, -1), read_bias).to(v.dtype) @ collected
 
 
 def agent_grid(layer: LayerConfig, config: Config) -> TokenGrid:

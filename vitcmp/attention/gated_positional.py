@@ -41,7 +41,7 @@ class Config:
 
 
 class GatedPositionalAttention(nn.Module):
-    """Shapes: q, k, v and the result are [B, H, N, K]. Gates and positional weights are computed in fp32 at least."""
+    """Shapes: q, k, v and the result are [B, H, N, K]. Gates and weights are computed in fp32 at least."""
 
     columns: Tensor
     rows: Tensor
@@ -72,9 +72,10 @@ class GatedPositionalAttention(nn.Module):
         prefix = self.grid.num_prefix_tokens
         positional = (in_column[:, :, None, :, None] * in_row[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
         positional = F.pad(positional, (prefix, 0, prefix, 0)) * gate  # [H, N, N]
-        content = scaled_scores(q, k).softmax(dim=-1)
-        content = F.dropout(content, self.dropout, self.training)
-        return torch.addcmul(positional, content, 1 - gate).to(v.dtype) @ v
+        with torch.autocast(q.device.type, enabled=False):
+            content = scaled_scores(wide(q), wide(k)).softmax(dim=-1)
+            content = F.dropout(content, self.dropout, self.training)
+            return torch.addcmul(positional, content, 1 - gate).to(v.dtype) @ v
 
     def _mix_outputs(self, q: Tensor, k: Tensor, v: Tensor, in_row: Tensor, in_column: Tensor, gate: Tensor) -> Tensor:
         prefix = self.grid.num_prefix_tokens

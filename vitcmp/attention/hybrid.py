@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError
-from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
+from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, wide
 from vitcmp.attention._windows import (
     WindowedPatches,
     check_window,
@@ -84,8 +84,8 @@ class HybridAttention(nn.Module):
         """The weight of each branch, [B, H, P, 1]; without a gate of no dimensions."""
         if self.gate is None:
             return [queries.new_tensor(1 / len(self.branches))] * len(self.branches)
-        logits = queries @ self.gate.transpose(-2, -1)  # [B, H, P, branches]
         with torch.autocast(queries.device.type, enabled=False):
+            logits = wide(queries) @ wide(self.gate).transpose(-2, -1)  # [B, H, P, branches]
             return logits.softmax(dim=-1).split(1, dim=-1)
 
     def resized_state(self, old: HybridAttention) -> dict[str, Tensor]:

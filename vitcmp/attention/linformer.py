@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcmp.attention import AttentionError, DegenerateWarning
-from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid
+from vitcmp.attention._multihead import LayerConfig, MultiHead, TokenGrid, wide
 from vitcmp.attention.softmax import SoftmaxAttention
 
 PAPER = "https://arxiv.org/abs/2006.04768"
@@ -40,6 +40,8 @@ class Config:
 
 class LinformerAttention(nn.Module):
     """Shapes: q, k, v and the result are [B, H, N, K]. Fewer tokens than the grid has use the first columns.
+
+    Computed in fp32 at least: a projected key sums all tokens, and its rounding to half precision would move scores.
 
     Raises: AttentionError for more tokens than the grid has.
     """
@@ -82,7 +84,9 @@ class LinformerAttention(nn.Module):
                                  f"{self.grid.num_tokens}; build it for the larger grid")  # fmt: skip
         e = self.key_projection
         f = e if self.value_projection is None else self.value_projection
-        return self.softmax(q, e[..., :tokens] @ k, f[..., :tokens] @ v).to(v.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            keys, values = (wide(matrix[..., :tokens]) @ wide(x) for matrix, x in ((e, k), (f, v)))
+            return self.softmax(wide(q), keys, values).to(v.dtype)
 
 
 def proj_dim(layer: LayerConfig, config: Config) -> int:

@@ -85,10 +85,12 @@ class LSHAttention(nn.Module):
         scores = wide(queries @ keys.transpose(-2, -1))  # [B, H, R, C, m, 2m]
         hidden = self._hidden(buckets, order, slots)
         with torch.autocast(q.device.type, enabled=False):
+            itself = scores[..., -self.bucket_size :].diagonal(dim1=-2, dim2=-1)
+            own = 0 * itself.detach() + SELF  # NaN stays NaN, or a token that sees only itself would hide it
             scores.masked_fill_(hidden, -torch.inf)
             # A token meets itself in every round, in its own slot, so no row is all -inf. As low as the score is, it
             # counts only for a token that sees no other.
-            scores[..., -self.bucket_size :].diagonal(dim1=-2, dim2=-1).fill_(SELF)
+            itself.copy_(own)
             highest = scores.detach().amax(dim=-1, keepdim=True)
             weights = scores.sub_(highest).exp_()
             total = weights.sum(dim=-1, keepdim=True)

@@ -37,7 +37,7 @@ class Config:
 
 
 class SpatialReductionAttention(nn.Module):
-    """Shapes: q, k, v and the result are [B, H, N, K]."""
+    """Shapes: q, k, v and the result are [B, H, N, K]. Means and weights are computed in fp32 at least."""
 
     def __init__(self, grid: TokenGrid, sr_ratio: int, dropout: float) -> None:
         super().__init__()
@@ -51,7 +51,8 @@ class SpatialReductionAttention(nn.Module):
         return torch.cat([prefix, means], dim=-2) if self.grid.num_prefix_tokens else means
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.softmax(q, self._reduced(k), self._reduced(v)).to(v.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            return self.softmax(wide(q), self._reduced(wide(k)), self._reduced(wide(v))).to(v.dtype)
 
 
 def region_means(patches: Tensor, grid: TokenGrid, regions: TokenGrid) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import types
 import warnings
@@ -22,6 +23,7 @@ from vitcmp.kernels._torch import keep_compiled_buffers
 from vitcmp.metrics import approximation, complexity, memory
 from vitcmp.metrics.latency import Call, Timer
 from vitcmp.metrics.roofline import Ceilings, ceilings
+from vitcmp.models._fused import MIN_NUMBERS
 from vitcmp.models.checkpoint import load_run
 from vitcmp.models.fast import fast, fast_block, kind_of
 from vitcmp.models.vit import Block, ViT, initialise
@@ -334,9 +336,12 @@ class MemoryStation:
 def peak_memory(cell: Cell, device: torch.device) -> dict[str, float | None]:
     """Metrics of memory of one call, above what the built module and its inputs hold."""
     load = Workload(cell, device)
-    # What libraries allocate once is not the mechanism's. One image shows it, but compiled code is for one size.
-    single = Cell(cell.model, replace(cell.bench, batch_size=1))
-    first = load if cell.bench.execution == "compiled" else Workload(single, device)
+    # What libraries allocate once is not the mechanism's, nor are kernels that the first call loads. A few images show
+    # it, as many as the model's kernels begin with; but compiled code is for one size.
+    few = min(cell.batch_size, math.ceil(MIN_NUMBERS / (cell.grid.num_tokens * cell.model.dim)))
+    first = load
+    if cell.bench.execution != "compiled":
+        first = Workload(Cell(cell.model, replace(cell.bench, batch_size=few)), device)
     first.inference()
     if cell.bench.mode == "forward":
         return memory.measure_memory(device, load.inference)
