@@ -186,6 +186,15 @@ def test_where_nothing_was_measured(dtype: torch.dtype, trains: bool, wanted: st
         assert softmax_attention.quickest(q.to("meta"), q.to("meta"), q.to("meta")) == "fused"
 
 
+def test_a_form_that_hides_nan_is_not_taken_by_itself() -> None:
+    """torch's fused attention gives zeros to a query of NaN where there are fewer than 16 keys."""
+    for keys in (1, 4, 15, 16, 17):
+        q, k = torch.full((1, 1, 3, 8), torch.nan), torch.randn(1, 1, keys, 8)
+        with kept(Profile("an unknown CPU")):
+            assert softmax_attention.quickest(q, k, k) == ("fused" if keys >= 16 else "merged")
+            assert softmax_attention(q, k, k).isnan().all()
+
+
 def test_the_nearest_measurement_decides() -> None:
     def cell(mode: str, tokens: int, **ms: float) -> Cell:
         return Cell("softmax_attention", "fp32", mode, (16, tokens, tokens), ms)

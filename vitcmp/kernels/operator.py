@@ -35,7 +35,8 @@ class Operator:
     `dtypes`, `grid`: number formats and sizes at which `vitcmp doctor --measure` times the forms.
     `tolerance`: the error of the kernel, relative, that is rounding.
     `has_gradient`: whether the kernel has a backward pass.
-    `left_out`: forms that are taken only where the caller asks for them.
+    `left_out`: forms that are taken only where the caller asks for them. `unless`: arguments for which a form is not
+    taken otherwise.
     `dtype(*args)`: the number format of the products, that of the first argument unless given.
     """
 
@@ -54,6 +55,7 @@ class Operator:
         tolerance: Mapping[torch.dtype, float] | None = None,
         has_gradient: bool = True,
         left_out: Sequence[str] = (),
+        unless: Mapping[str, Callable[..., bool]] | None = None,
         dtype: Callable[..., torch.dtype] = lambda x, *rest: x.dtype,
     ) -> None:
         self.name, self.forms, self.accepts, self.sizes, self.dtype = name, dict(forms), accepts, sizes, dtype
@@ -62,8 +64,14 @@ class Operator:
         self.choices = tuple(form for form in self.forms if form not in left_out)
         self.shapes = Shapes(name, shapes, list(inspect.signature(self.forms[self.reference]).parameters))
         self.unmeasured = unmeasured or (lambda dtype, trains: tuple(self.forms))
-        self.tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2, **(tolerance or {})}
-        self.has_gradient = has_gradient
+        self.tolerance = {
+            torch.float64: 1e-10,
+            torch.float32: 1e-5,
+            torch.float16: 5e-3,
+            torch.bfloat16: 2e-2,
+            **(tolerance or {}),
+        }
+        self.has_gradient, self.unless = has_gradient, unless or {}
         _operators[name] = self
 
     def __call__(self, *args: Any, form: str = "auto") -> Tensor:
@@ -96,10 +104,10 @@ class Operator:
     def quickest(self, *args: Any) -> str:
         """The form that a call with these arguments takes."""
         q = args[0]
-        dtype, trains, mode = self.dtype(*args), _trains(args), switch.mode()
+        dtype, trains = self.dtype(*args), _trains(args)
         order = _order(self.name, dtype, trains, self.sizes(*args)) if q.device.type == "cpu" else self._elsewhere(q)
         for form in order:
-            if form != COMPILED or (mode != "off" and self.can_compile(*args)):
+            if self.can_compile(*args) if form == COMPILED else form not in self.unless or not self.unless[form](*args):
                 return form
         return self.reference
 

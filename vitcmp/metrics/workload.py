@@ -20,10 +20,10 @@ from vitcmp.configs import BenchConfig, ModelConfig, RuntimeConfig
 from vitcmp.data.datasets import load_data
 from vitcmp.kernels import forms
 from vitcmp.kernels._torch import keep_compiled_buffers
+from vitcmp.kernels.ops.rows import MIN_NUMBERS
 from vitcmp.metrics import approximation, complexity, memory
 from vitcmp.metrics.latency import Call, Timer
 from vitcmp.metrics.roofline import Ceilings, ceilings
-from vitcmp.models._fused import MIN_NUMBERS
 from vitcmp.models.checkpoint import load_run
 from vitcmp.models.fast import fast, fast_block, kind_of
 from vitcmp.models.vit import Block, ViT, initialise

@@ -34,10 +34,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: float) -> Tensor:
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, bias: float, dropout: float = 0.0) -> Tensor:
     """The same with all weights in memory; dropout of weights."""
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
     with torch.autocast(q.device.type, enabled=False):
-        weights = F.dropout((wide(scores) + bias).sigmoid(), dropout)
-    return weights.to(v.dtype) @ v
+        scores = wide(q) * q.shape[-1] ** -0.5 @ wide(k).transpose(-2, -1)
+        return F.dropout((scores + bias).sigmoid(), dropout).to(v.dtype) @ v
 
 
 # Heads of all images form one axis, in groups that a block holds.

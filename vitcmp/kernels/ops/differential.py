@@ -25,9 +25,10 @@ def apart(q: Tensor, k: Tensor, v: Tensor, share: Tensor) -> Tensor:
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, share: Tensor) -> Tensor:
     """The same with both maps in memory, differentiable any number of times."""
-    q, k = (x.unflatten(-1, (2, -1)).movedim(-2, 0) for x in (q, k))
-    first, second = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
-    return (first - share.to(v.dtype) * second) @ v
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (wide(x).unflatten(-1, (2, -1)).movedim(-2, 0) for x in (q, k))
+        first, second = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+        return (first - share * second).to(v.dtype) @ v
 
 
 @torch_operator("differential_attention")

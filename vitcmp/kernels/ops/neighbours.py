@@ -45,13 +45,13 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, links: list[Tensor], dropout: floa
     with torch.autocast(q.device.type, enabled=False):
         keys, shape = links[0].flatten(), links[0].shape
         near_k, near_v = (wide(x).index_select(2, keys).unflatten(2, shape) for x in (k, v))  # [B, H, P, J, K]
-        scores = wide(q * q.shape[-1] ** -0.5).unsqueeze(-2) @ near_k.mT  # [B, H, P, 1, J]
+        scores = (wide(q) * q.shape[-1] ** -0.5).unsqueeze(-2) @ near_k.mT  # [B, H, P, 1, J]
         return (F.dropout(scores.softmax(dim=-1), dropout) @ near_v).squeeze(-2)
 
 
 def _compiled(q: Tensor, k: Tensor, v: Tensor, links: list[Tensor], dropout: float) -> Tensor:
     images_and_heads = q.shape[:2]
-    q, k, v = (wide(x).flatten(0, 1).contiguous() for x in (q * q.shape[-1] ** -0.5, k, v))
+    q, k, v = (x.flatten(0, 1).contiguous() for x in (wide(q) * q.shape[-1] ** -0.5, wide(k), wide(v)))
     weights = product("scores", q, k, links).softmax(dim=-1)  # [B H, P, J]
     return product("mixed", F.dropout(weights, dropout), v, links).unflatten(0, images_and_heads)
 

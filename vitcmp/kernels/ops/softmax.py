@@ -23,6 +23,7 @@ from vitcmp.kernels.tensors import (
     num_threads,
     side_by_side,
     sizes,
+    wide,
 )
 from vitcmp.kernels.threads import share_out
 from vitcmp.kernels.torch_operator import TorchOperator, differentiable, torch_operator
@@ -37,8 +38,13 @@ TOKENS = 4096
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, as it is written."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    """softmax(q k^T / sqrt(K)) v, as it is written; scores and weights in fp32 at least.
+
+    Rounded to bf16, a score of 25 is off by up to 0.06, and its weight by 6 %.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        weights = (wide(q) * q.shape[-1] ** -0.5 @ wide(k).transpose(-2, -1)).softmax(dim=-1)
+        return weights.to(v.dtype) @ v
 
 
 def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -51,11 +57,9 @@ def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """The same with dropout of weights, and without a pass for the factor."""
-    scores = scaled_scores(q, k)  # [B, H, N, M]
-    # The sum is in fp32 whatever the scores are in, so autocast's fp32 copy of them buys nothing.
     with torch.autocast(q.device.type, enabled=False):
-        weights = scores.softmax(dim=-1)
-    return F.dropout(weights, dropout) @ v
+        weights = scaled_scores(wide(q), wide(k)).softmax(dim=-1)  # [B, H, N, M]
+        return F.dropout(weights, dropout).to(v.dtype) @ v
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -178,6 +182,11 @@ def example(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor,
     return q, k, v
 
 
+def _hides_nan(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's fused form gives zeros where a query is NaN: on the CPU, with fewer than 16 keys."""
+    return q.device.type == "cpu" and k.shape[-2] < 16
+
+
 def _unmeasured(dtype: torch.dtype, trains: bool) -> tuple[str, ...]:
     """torch's fused form, but in half precision its backward pass is slow."""
     return ("merged", "fused") if trains and dtype in (torch.bfloat16, torch.float16) else ("fused", "merged")
@@ -188,6 +197,6 @@ _FORMS: dict[str, Callable[..., Tensor]] = {"naive": naive, "merged": explicit, 
 softmax_attention = Operator(
     "softmax_attention", "BHNK BHMK BHMC -> BHNC", _FORMS,
     accepts=lambda q, k, v: same_format(q, k, v),
-    sizes=sizes_of, unmeasured=_unmeasured, left_out=["naive"],
+    sizes=sizes_of, unmeasured=_unmeasured, left_out=["naive"], unless={"fused": _hides_nan},
     example=example, grid=GRID, dtypes=(torch.float32, torch.bfloat16),
 )  # fmt: skip
