@@ -1,12 +1,21 @@
 # make demo: compare attention mechanisms on scikit-learn's digits, from nothing, in a few minutes.
 # make test: the same set-up, and the test suite.  make test-slow, make test-compile: what takes longer, or a compiler.
+# make test-plain: mechanisms, model and training without kernels, switched off and without numba.
+# make test-avx2: kernels as a CPU has them whose vectors are of 256 bits.
 # make digits: train every mechanism on digits and fail where one stays below 90 %.  make lint: ruff and mypy.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo digits test test-slow test-compile lint clean
+# What must pass with and without kernels.
+BOTH_WAYS := tests/attention tests/kernels tests/models tests/workflows/test_train.py
+# A sample of it, for CI.
+SMOKE := tests/attention/test_contract.py tests/kernels/test_door.py tests/models/test_vit.py tests/models/test_fast.py
+TESTS := -m pytest --numprocesses 2 --dist worksteal
+AVX2 := NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+sse4.2,+popcnt,+avx,+f16c,+avx2,+fma,+bmi,+bmi2,+lzcnt
+
+.PHONY: demo digits test test-plain test-avx2 test-smoke test-slow test-compile lint clean
 
 demo: $(INSTALLED)
 	@echo "Comparing attention mechanisms on digits; the study is written to results/demo."
@@ -20,7 +29,20 @@ digits: $(INSTALLED)
 		raise SystemExit(f"below 90 %: {list(low.attention)}" if len(low) else 0)'
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python $(TESTS)
+
+test-plain: $(INSTALLED)
+	VITCMP_KERNELS=off $(BIN)/python $(TESTS) $(BOTH_WAYS)
+	PYTHONPATH=tests/without_numba $(BIN)/python $(TESTS) $(BOTH_WAYS)
+
+test-avx2: $(INSTALLED)
+	$(AVX2) $(BIN)/python $(TESTS) tests/kernels tests/attention/test_softmax.py tests/attention/test_entmax.py \
+		tests/attention/test_summed.py tests/attention/test_differential.py tests/attention/test_sigmoid.py
+
+test-smoke: $(INSTALLED)
+	VITCMP_KERNELS=off $(BIN)/python $(TESTS) $(SMOKE) -k "softmax or linear or local or entmax or plain"
+	PYTHONPATH=tests/without_numba $(BIN)/python $(TESTS) $(SMOKE) -k "softmax or linear or local or entmax or plain"
+	$(AVX2) $(BIN)/python $(TESTS) tests/kernels/test_layers_in_one_pass.py tests/attention/test_softmax.py
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow

@@ -1,67 +1,102 @@
-"""The forms of softmax attention: what `impl=auto` chooses by, and whether it chooses well here.
+"""Whether `auto` takes the quickest form of each operator on this CPU.
 
-    python benchmarks/softmax_forms.py [--quick]
+    python benchmarks/softmax_forms.py                 # softmax attention
+    python benchmarks/softmax_forms.py --operators     # every operator against its other forms
 
-One core of [batch, 4 heads, N, K], with about as many tokens a batch at each N, in fp32, and bf16 where it is native;
-forward, and forward + backward. The forms (explicit weights, torch's fused attention, compiled kernels) take turns,
-with the allocator set as in training. Exits with 1 where auto takes one that is more than 10 % slower than another.
-`--quick` leaves most sizes out.
+Softmax: cores of [batch, 4 heads, N, K], about 4,096 tokens a batch, widths 12, 32 and 64, N = 64, 256 and 1,024, in
+fp32 and bf16; forward, and with backward. Operators: at 64 and 1,024 tokens (layers: 1,024 and 8,192 rows). All forms
+take turns, with the allocator set as in training. A cell is marked where the 95 % interval of the paired ratio of the
+form that auto takes to the quickest one lies wholly above 1.03; then the script exits with 1. `vitcmp doctor --measure`
+measures what auto chooses by, and `VITCMP_PROFILE=none` shows what it takes without.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from tabulate import tabulate
 
 from vitcmp import machine
-from vitcmp.attention.softmax import SoftmaxAttention, quickest
+from vitcmp.kernels import COMPILED, Operator, forms, operators
+from vitcmp.kernels.operator import can_run
 from vitcmp.metrics.latency import interleaved_ms, median_and_iqr
+from vitcmp.metrics.statistics import paired_ratio
 
 CPU = torch.device("cpu")
-WIDTHS, TOKENS = (8, 12, 16, 32, 64), (17, 50, 65, 197, 257, 1025)
-FORMS = ("merged", "fused", "numba")
-QUICK_WIDTHS, QUICK_TOKENS = (12, 64), (17, 65, 257)
-MOST_SLOWER = 1.1
+MOST_SLOWER = 1.03
+Cell = tuple[Operator, torch.dtype, tuple[int, ...], bool]
 
 
-def call(impl: str, qkv: list[torch.Tensor], trains: bool) -> None:
+def of_softmax() -> Iterator[Cell]:
+    op = operators()["softmax_attention"]
+    for dtype in op.dtypes:
+        for width in (12, 32, 64):
+            for tokens in (64, 256, 1024):
+                for trains in (False, True):
+                    yield op, dtype, (width, tokens, tokens), trains
+
+
+def of_operators() -> Iterator[Cell]:
+    for op in operators().values():
+        for dtype in op.dtypes:
+            for sizes in op.grid:
+                is_attention = len(sizes) == 3 and sizes[1] == sizes[2]
+                if is_attention and sizes[1] not in (64, 1024):
+                    continue
+                if op.name.startswith("softmax") or (len(sizes) == 3 and sizes[1] != sizes[2] and "4096" in str(sizes)):
+                    continue
+                for trains in (False, True) if op.has_gradient else (False,):
+                    yield op, dtype, sizes, trains
+
+
+def compare(cell: Cell, rounds: int) -> tuple[list[str], bool]:
+    """A line of the table, and whether auto is behind."""
+    op, dtype, sizes, trains = cell
+    args = op.example(dtype, sizes)
+    names = [f for f in op.choices if f != COMPILED or can_run(op, args, dtype, trains)]
+    calls = {name: lambda name=name: op.run(name, args, trains) for name in names}
+    samples = interleaved_ms(calls, rounds, CPU)
+    times = {name: median_and_iqr(found)[0] for name, found in samples.items()}
+    leaves = [
+        x.detach().requires_grad_(trains and x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in args
+    ]
     with torch.set_grad_enabled(trains):
-        y = SoftmaxAttention(impl, dropout=0.0)(*qkv)
-    if trains:
-        torch.autograd.grad(y, qkv, torch.ones_like(y))
+        taken = op.quickest(*leaves)
+    best = min(times, key=lambda name: times[name])
+    ratio = paired_ratio(samples[taken], samples[best])
+    behind = ratio.low > MOST_SLOWER
+    listed = ", ".join(f"{name} {ms:.2f}" for name, ms in times.items())
+    slower = "" if taken == best else f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    place = [op.name, forms.FORMATS[dtype], "x".join(map(str, sizes)), "both" if trains else "forward"]
+    return [*place, listed, taken, slower, "BEHIND" if behind else ""], behind
+
+
+def _leaf(x: Any, trains: bool) -> Any:
+    return x.detach().requires_grad_(trains and x.is_floating_point()) if isinstance(x, torch.Tensor) else x
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two widths and three token counts")
-    quick = parser.parse_args().quick
+    parser.add_argument("--operators", action="store_true", help="all operators but softmax attention")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
     machine.keep_freed_memory()
-    facts = machine.hardware(CPU)
-    rows, worst = [], 1.0
-    for dtype in (torch.float32, torch.bfloat16) if facts["native_bf16"] else (torch.float32,):
-        for width in QUICK_WIDTHS if quick else WIDTHS:
-            for tokens in QUICK_TOKENS if quick else TOKENS:
-                # As the projections hand them over: heads of a token lie beside each other.
-                x = torch.randn(max(1, 4096 // tokens), tokens, 3, 4, width, dtype=dtype)
-                qkv = [part.transpose(1, 2).requires_grad_() for part in x.unbind(2)]
-                for trains in (False, True):
-                    calls = {i: lambda i=i, qkv=qkv, t=trains: call(i, qkv, t) for i in FORMS}
-                    times = {i: median_and_iqr(s)[0] for i, s in interleaved_ms(calls, 9, CPU).items()}
-                    with torch.set_grad_enabled(trains):
-                        taken = quickest(*qkv, dropout=0.0)
-                    slower = times[taken] / min(times.values())
-                    worst = max(worst, slower)
-                    mark = f"{slower:.2f} times" if slower > MOST_SLOWER else ""
-                    mode = "both" if trains else "forward"
-                    rows.append([str(dtype)[6:], width, tokens, mode, *times.values(), taken, mark])
-    print(f"{facts['cpu']}, {facts['threads']} threads, native bf16: {facts['native_bf16']}, torch {torch.__version__}")
-    headers = ["dtype", "K", "N", "passes", *(f"{form} ms" for form in FORMS), "auto takes", "slower than the quickest"]
-    print(tabulate(rows, headers, floatfmt=".2f"))
-    print(f"auto is at most {worst:.2f} times as slow as the quickest form")
-    return int(worst > MOST_SLOWER)
+    rows, behind = [], 0
+    for cell in of_operators() if options.operators else of_softmax():
+        line, is_behind = compare(cell, options.rounds)
+        rows.append(line)
+        behind += is_behind
+    facts, profile = machine.hardware(CPU), forms.active()
+    print(f"{facts['cpu']} ({facts['cpu_kind']}), {facts['threads']} threads, torch {torch.__version__}, "
+          f"profile {profile.digest} of {len(profile.cells)} measurements")  # fmt: skip
+    headers = ["operator", "format", "sizes", "passes", "ms", "auto takes", "times the quickest", ""]
+    print(tabulate(rows, headers, disable_numparse=True))
+    print(f"{behind} of {len(rows)} cells are more than 3 % behind the quickest form, beyond noise")
+    return int(behind > 0)
 
 
 if __name__ == "__main__":

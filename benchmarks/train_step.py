@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import count, cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,9 @@ from vitcmp import machine
 from vitcmp.configs import PRESETS, ModelConfig, RunConfig, resolve_run
 from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
+from vitcmp.kernels import cpu, forms
 from vitcmp.metrics.inference import micro_batch
-from vitcmp.models import _normed
+from vitcmp.models.fast import fast
 from vitcmp.models.vit import ViT
 from vitcmp.workflows.train import Schedule, keeps_memory, lanes, make_optimizer, train_step
 
@@ -110,6 +112,14 @@ def vit_pytorch(m: ModelConfig, simple: bool) -> nn.Module:
         image_size=m.image_hw[0], patch_size=m.patch, num_classes=m.num_classes or 10, dim=m.dim, depth=m.depth,
         heads=m.num_heads, mlp_dim=m.mlp_dim, dim_head=m.dim // m.num_heads,
     )  # fmt: skip
+
+
+class OperationByOperation(forms.Profile):
+    """What was measured here, but LayerNorm and what follows it by torch."""
+
+    def order(self, operator: str, *args: Any) -> tuple[str, ...]:
+        in_one_pass = ("norm_linear", "add_linear", "norm_mlp")
+        return ("torch",) if operator in in_one_pass else forms.published(cpu.kind()).order(operator, *args)
 
 
 PEERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
@@ -192,7 +202,7 @@ def make_step(side: Side, config: RunConfig, data: Data) -> Callable[[], object]
     batches = batches if side.augment else cycle(list(islice(batches, 8)))
     if side.model == "vitcmp":
         impl = config.model.attention if side.impl == "auto" else f"softmax:impl={side.impl}"
-        model: nn.Module = ViT(replace(config.model, attention=impl, pool=side.pool))
+        model: nn.Module = fast(ViT(replace(config.model, attention=impl, pool=side.pool)))
     else:
         model = PEERS[side.model](config.model)
     model.train(not side.whole)
@@ -229,11 +239,10 @@ def work(side: Side, settings: tuple[str, int], threads: int, pipe: Connection) 
     torch.set_num_threads(threads)
     if side.keep:
         machine.keep_freed_memory()
-    if not side.passes:
-        _normed.WIDE_VECTORS.update(dict.fromkeys(_normed.WIDE_VECTORS, False))
     config = make_config(*settings)
     # What an earlier run compiled must not shorten this one's start.
-    with tempfile.TemporaryDirectory() as cache:
+    profile = forms.active() if side.passes else OperationByOperation("none")
+    with tempfile.TemporaryDirectory() as cache, forms.kept(profile):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         step = make_step(side, config, load_data(config.data))
         pipe.send(None)

@@ -40,12 +40,13 @@ class Cell:
     mode: str
     sizes: tuple[int, ...]
     """Of attention: head width, queries, keys; of layers: their widths, rows."""
-    ms: Mapping[str, float]
+    ms: Mapping[str, float | None]
+    """Null where only the order of the forms was kept."""
 
     @property
     def order(self) -> tuple[str, ...]:
         """The forms, the quickest first."""
-        return tuple(sorted(self.ms, key=lambda form: self.ms[form]))
+        return tuple(sorted(self.ms, key=lambda form: self.ms[form] or 0.0))
 
 
 @dataclass(frozen=True)
