@@ -24,6 +24,10 @@ class UserError(ValueError):
     """Bad input. The command line prints it as one line, which names the remedy, and exits with 2."""
 
 
+class Diverged(Exception):
+    """Numbers of a model are not finite. The command line prints it as one line, and exits with 1."""
+
+
 def _check(config: object, positive: str = "", not_negative: str = "", fraction: str = "", below_one: str = "") -> None:
     """Raise UserError where a number is out of range; each argument is a list of field names."""
     for names, holds, wanted in (

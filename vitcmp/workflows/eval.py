@@ -44,7 +44,8 @@ def run(
 ) -> Evaluation:
     """Evaluate a run or checkpoint, in fp32, and append a record; every image's prediction is kept beside the weights.
 
-    `dataset` may be another one with as many classes and channels.
+    `dataset` may be another one with as many classes and channels. An image whose logits are not finite counts as
+    wrong, and the record's status is then `diverged`.
 
     Raises: UserError for no such run, or a data set, size or corruption that does not fit.
     """
@@ -88,8 +89,10 @@ def run(
         "class_top1_pct": class_top1_pct,
         "confusion": confusion,
     }
+    broken = accuracy.broken_text(logits)
     record = store.new_record(
-        kind="eval", status="ok", key=store.cell_key("eval", {**info.config, **asked}, data.digest),
+        kind="eval", status="diverged" if broken else "ok", error=broken or None,
+        key=store.cell_key("eval", {**info.config, **asked}, data.digest),
         config={**info.config, **asked}, hardware=machine.hardware(device), versions=machine.versions(),
         commit=machine.commit(), metrics=metrics, warnings=list(data.warnings),
     )  # fmt: skip
