@@ -98,6 +98,20 @@ BAD = {
     "zero epochs": (["train", "--epochs", "0"], "epochs (0) must be above 0"),
     "negative lr": (["train", "--lr", "-1"], "lr (-1.0) must be above 0"),
     "zero threads": (["train", "--threads", "0"], "threads (0) must be above 0"),
+    **{
+        f"too many threads: {command}": ([command, *rest, "--threads", "100000"], "threads (100000) must be at most")
+        for command, *rest in (
+            ["train"],
+            ["eval", "run"],
+            ["predict", "run", "picture.png"],
+            ["bench"],
+            ["compare", "--quick"],
+            ["visualize", "run"],
+            ["report"],
+            ["runs"],
+            ["doctor"],
+        )
+    },
     "seeds": (["train", "--seeds", "2-1"], "not a list of whole numbers"),
     "heads": (["train", "--num-heads", "5"], "divisible by num_heads (5)"),
     "patch": (["train", "--patch-size", "3"], "divisible by patch_size (3)"),

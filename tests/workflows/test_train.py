@@ -450,6 +450,14 @@ def test_training_from_python(tmp_path: Path) -> None:
     assert store.load(tmp_path)["top1_pct"].tolist() == [record.metrics["top1_pct"]]
 
 
+def test_too_many_threads_are_refused_before_torch_starts_them(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match=r"threads \(100000\) must be at most"):
+        train.train(results=str(tmp_path), threads=100_000, **SMALL)
+    assert torch.get_num_threads() == before
+    assert list(tmp_path.iterdir()) == []
+
+
 KILLED = """
 import json, sys
 from vitcmp.configs import RuntimeConfig, resolve_run

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vitcmp import machine, store
 from vitcmp.configs import DATASETS, RuntimeConfig, UserError, choose
 from vitcmp.data.augment import Normalise
@@ -65,8 +63,7 @@ def run(
     choose(split, ("train", "validation", "test"), "split")
     device = machine.pick_device(runtime.device)
     store.check_writable(runtime.results)
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    machine.set_threads(runtime.threads)
     model = trained.model if image_size is None else resized(trained.model, image_size)
     data = load_data(config.data, runtime.data_dir)
     part: Split = getattr(data, split)

@@ -86,8 +86,7 @@ def run(
     """
     config = canonical(config)
     device = machine.pick_device(runtime.device)
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    machine.set_threads(runtime.threads)
     data = data or load_data(config.data, runtime.data_dir)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DegenerateWarning)
