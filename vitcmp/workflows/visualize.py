@@ -220,7 +220,8 @@ class _Artist:
         """The maps of each run, and their views side by side."""
         pixels = picture.pixels.unsqueeze(0)
         image = group[0].to_images(group[0].to_input(pixels))[0]
-        views, captions, caveats = {}, {}, []
+        views: dict[str, dict[str, np.ndarray | str]] = {}
+        captions, caveats = {}, []
         for subject in group:
             x = subject.to_input(pixels)
             with torch.no_grad():
