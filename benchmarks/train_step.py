@@ -236,7 +236,7 @@ def make_step(side: Side, config: RunConfig, data: Data) -> Callable[[], object]
 
 def work(side: Side, settings: tuple[str, int], threads: int, pipe: Connection) -> None:
     """Answer each number of steps with the seconds that they took."""
-    torch.set_num_threads(threads)
+    machine.set_threads(threads)
     if side.keep:
         machine.keep_freed_memory()
     config = make_config(*settings)
@@ -322,6 +322,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
 
+    machine.set_threads(args.threads)
     settings = (args.preset, args.batch_size)
     config = make_config(*settings)
     tokens = (config.model.image_hw[0] // config.model.patch) ** 2 + 1

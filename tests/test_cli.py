@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from vitcmp import cli, store
 from vitcmp.attention import AttentionError
 from vitcmp.configs import UserError
+from vitcmp.models.checkpoint import load_weights, save_weights
 
 TINY = ["--train-samples", "128", "--epochs", "1"]
 
@@ -94,6 +98,20 @@ BAD = {
     "zero epochs": (["train", "--epochs", "0"], "epochs (0) must be above 0"),
     "negative lr": (["train", "--lr", "-1"], "lr (-1.0) must be above 0"),
     "zero threads": (["train", "--threads", "0"], "threads (0) must be above 0"),
+    **{
+        f"too many threads: {command}": ([command, *rest, "--threads", "100000"], "threads (100000) must be at most")
+        for command, *rest in (
+            ["train"],
+            ["eval", "run"],
+            ["predict", "run", "picture.png"],
+            ["bench"],
+            ["compare", "--quick"],
+            ["visualize", "run"],
+            ["report"],
+            ["runs"],
+            ["doctor"],
+        )
+    },
     "seeds": (["train", "--seeds", "2-1"], "not a list of whole numbers"),
     "heads": (["train", "--num-heads", "5"], "divisible by num_heads (5)"),
     "patch": (["train", "--patch-size", "3"], "divisible by patch_size (3)"),
@@ -343,6 +361,34 @@ def test_a_diverged_run_exits_with_1(tmp_path: Path):
     assert done.returncode == 1, done.stderr
     assert "diverged" in done.stdout
     assert store.read(tmp_path / "results")[0].status == "diverged"
+
+
+def test_a_broken_model_is_told_in_a_line_and_exits_with_1(folder: Path, run: str, tmp_path: Path, capsys):
+    model, info = load_weights(folder / "results" / "runs" / run / "model.safetensors")
+    with torch.no_grad():
+        model.head.weight.fill_(torch.nan)
+    broken, picture, results = tmp_path / "broken.safetensors", tmp_path / "picture.png", str(tmp_path / "results")
+    save_weights(broken, model, info)
+    Image.new("L", (8, 8)).save(picture)
+    remedy = "train it again with a lower --lr or longer --warmup-epochs"
+    assert run_here("--results", results, "eval", str(broken)) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == (
+        "performer on digits (test, 360 images): diverged: the model's logits are not finite for 360 of 360 images; "
+        + remedy
+    )
+    assert run_here("--results", results, "--json", "eval", str(broken)) == 1
+    printed = capsys.readouterr().out
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", printed))
+    record = json.loads(printed)
+    assert (record["status"], record["metrics"]["nll"], record["metrics"]["class_top1_pct"]) == (
+        "diverged", None, [0.0] * 10,
+    )  # fmt: skip
+    for options in ([], ["--json"]):
+        assert run_here(*options, "predict", str(broken), str(picture)) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err == f"vitcmp: the model's logits are not finite for 1 of 1 images; {remedy}\n"
 
 
 def test_a_stopped_run_says_how_to_go_on_and_keeps_its_logging(tmp_path: Path):

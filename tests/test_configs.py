@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from vitcmp.configs import (
     resolve_run,
     split,
     typed,
+    usable_cores,
 )
 
 
@@ -145,6 +149,29 @@ def test_a_mechanism_a_layer(text: Any, depth: int, specs: Any, name: str) -> No
 def test_layers_that_are_not_there(attention: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ModelConfig(attention=attention, depth=4)
+
+
+def test_threads_are_at_most_four_a_core_that_the_process_may_use() -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert usable_cores() == cores
+    assert RuntimeConfig(threads=4 * cores).threads == 4 * cores
+    with pytest.raises(
+        UserError, match=rf"threads \({4 * cores + 1}\) must be at most {4 * cores}, four for each core"
+    ):
+        RuntimeConfig(threads=4 * cores + 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_cores_that_a_process_may_not_use_do_not_count() -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from vitcmp.configs import RuntimeConfig, UserError\n"
+        "RuntimeConfig(threads=4)\n"
+        "try: RuntimeConfig(threads=5)\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("threads (5) must be at most 4, four for each core that this process may use")
 
 
 def test_no_two_configs_share_a_name() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import signal
 import sys
@@ -25,6 +24,7 @@ from vitcmp.configs import (
     AugmentConfig,
     BenchConfig,
     DataConfig,
+    Diverged,
     GridConfig,
     ModelConfig,
     RuntimeConfig,
@@ -43,12 +43,12 @@ from vitcmp.console import (
     make_table,
     out,
     output,
-    plain,
     study_progress,
     text_of,
     training_progress,
 )
 from vitcmp.options import only, options, read_yaml, take
+from vitcmp.plain_json import plain, to_json
 
 if TYPE_CHECKING:
     from vitcmp.store import Record
@@ -237,6 +237,10 @@ def evaluate(
     def tell() -> None:
         name = attention_name(record.config["attention"])
         lines = [f"{name} on {record.config['dataset']} ({split}, {m['images']} images)"]
+        if record.status != "ok":
+            text = f"{lines[0]}: {record.status}: {record.error}"
+            out.print(text, highlight=False, markup=False, soft_wrap=True)
+            return
         if "top5_pct" in m:
             lines.append(f"top-5 {m['top5_pct']:.2f} %")
         lines.insert(1, f"top-1 {m['top1_pct']:.2f} % (95 % interval {m['top1_low_pct']:.1f} to "
@@ -251,6 +255,8 @@ def evaluate(
         out.print(f"predictions: {found.predictions}", highlight=False, soft_wrap=True)
 
     output.show(record.model_dump(), tell)
+    if record.status != "ok":
+        raise typer.Exit(1)
 
 
 def _confused(row: list[int], own: int, names: Sequence[str]) -> list[str]:
@@ -588,7 +594,7 @@ def check(
             "holds": all(f.holds for f in findings),
             "findings": [
                 {"check": f.check, "meaning": workflow.MEANING[f.check], "applies": f.applies,
-                 "measured": _finite(f.measured), "bound": _finite(f.bound), "holds": f.holds, "note": f.note}
+                 "measured": f.measured, "bound": f.bound, "holds": f.holds, "note": f.note}
                 for f in findings
             ],
         }
@@ -602,11 +608,6 @@ def check(
     output.show(values, tell)
     if not all(value["holds"] for value in values):
         raise typer.Exit(1)
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
-    return value if value is None or math.isfinite(value) else None
 
 
 def _tell_check(spec: str, findings: Sequence[Finding], meaning: dict[str, str]) -> None:
@@ -646,7 +647,7 @@ def runs(
         raise UserError(f"`vitcmp runs {action}` needs a run; `vitcmp runs` lists them")
     if action == "show":
         shown = workflow.show(results, run)
-        output.show(shown, json.dumps(shown, indent=2, default=plain))
+        output.show(shown, to_json(shown, indent=2))
     else:
         folder = workflow.remove(results, run)
         output.show({"removed": folder}, f"removed {folder}; its record stays in the store")
@@ -721,7 +722,7 @@ def _listed(value: str | Sequence[str]) -> list[str]:
 def _show_config(configs: list[dict[str, Any]]) -> None:
     import yaml
 
-    text = "---\n".join(yaml.safe_dump(json.loads(json.dumps(c, default=plain)), sort_keys=False) for c in configs)
+    text = "---\n".join(yaml.safe_dump(plain(c), sort_keys=False) for c in configs)
     output.show(configs, text.rstrip())
 
 
@@ -734,7 +735,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit: 0 ok, 1 some cells failed, 2 bad input, 3 a regression, 130 and 143 interrupted."""
+    """Run the command line. Exit: 0 ok, 1 failed or diverged, 2 bad input, 3 a regression, 130 and 143 interrupted."""
     signal.signal(signal.SIGTERM, _terminated)
     warnings.showwarning = lambda message, *rest: output.say(f"warning: {message}")
     try:
@@ -743,6 +744,8 @@ def main() -> NoReturn:
         _fail(str(error))
     except _UsageMistake as error:
         _fail(error.format_message())
+    except Diverged as error:
+        _fail(str(error), code=1)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except SystemExit as stopped:
@@ -754,6 +757,6 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     err.print(f"vitcmp: {' '.join(message.split())}", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(2)
+    sys.exit(code)

@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,10 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 class UserError(ValueError):
     """Bad input. The command line prints it as one line, which names the remedy, and exits with 2."""
+
+
+class Diverged(Exception):
+    """Numbers of a model are not finite. The command line prints it as one line, and exits with 1."""
 
 
 def _check(config: object, positive: str = "", not_negative: str = "", fraction: str = "", below_one: str = "") -> None:
@@ -36,6 +41,23 @@ def _check(config: object, positive: str = "", not_negative: str = "", fraction:
             value = getattr(config, name)
             if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
                 raise UserError(f"{name} ({value}) {wanted}")
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise UserError for more threads than can be of use: OpenMP ends the process where it cannot start them all."""
+    most = 4 * usable_cores()
+    if threads is not None and threads > most:
+        raise UserError(
+            f"threads ({threads}) must be at most {most}, four for each core that this process may use; "
+            "about one a core is the quickest"
+        )
 
 
 @dataclass(frozen=True)
@@ -222,7 +244,7 @@ class RuntimeConfig:
     data_dir: str | None = None
     """Folder of the data sets (environment: VITCMP_DATA; default: ~/.cache/vitcmp)."""
     threads: int | None = None
-    """CPU threads (default: torch's own choice)."""
+    """CPU threads, at most four a core (default: torch's own choice)."""
     kernels: Literal["auto", "off", "strict"] | None = None
     """auto: compiled kernels where they run and are quick; off: plain torch; strict: fail where a kernel can't run
     (environment: VITCMP_KERNELS)."""
@@ -237,6 +259,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _check(self, positive="threads", not_negative="save_every log_every")
+        check_threads(self.threads)
         if self.name is not None and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             raise UserError(f"name '{self.name}' must be letters, digits and . _ + - alone: it becomes a folder's name")
 

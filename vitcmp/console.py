@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from vitcmp.configs import attention_name
+from vitcmp.plain_json import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +36,7 @@ class Output:
     def show(self, value: Any, text: str | Table | Callable[[], object]) -> None:
         """The result on stdout: `value` as JSON where that was asked for, else `text` for a person."""
         if self.json:
-            print(json.dumps(value, indent=2, default=plain))
+            print(to_json(value, indent=2))
         elif callable(text):
             text()
         elif isinstance(text, str):
@@ -211,8 +210,3 @@ def short(value: float | None, factor: float = 1) -> str:
 def text_of(value: Any) -> str:
     """Any value in a table; a dash for none."""
     return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def plain(value: Any) -> Any:
-    """What JSON does not know: paths, tuples and ranges."""
-    return str(value) if isinstance(value, Path) else list(value)

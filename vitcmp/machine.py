@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import vitcmp
-from vitcmp.configs import UserError
+from vitcmp.configs import UserError, check_threads
 from vitcmp.kernels import cpu, forms, switch
 from vitcmp.kernels.switch import out_of_memory as out_of_memory
 
@@ -42,6 +42,16 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= present[device.type]:
         raise UserError(f"device '{name}' is not on this machine; use --device auto")
     return device
+
+
+def set_threads(threads: int | None) -> None:
+    """Have torch compute with so many CPU threads; None leaves its own choice.
+
+    Raises: UserError for more threads than can be of use.
+    """
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 @functools.cache

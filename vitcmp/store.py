@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 import socket
 import uuid
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vitcmp.configs import UserError
+from vitcmp.plain_json import to_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +88,7 @@ def append(results: str | Path, record: Record) -> None:
 
 def _append(folder: Path, record: Record) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(_finite(record.model_dump()), allow_nan=False) + "\n").encode()
+    line = (to_json(record.model_dump()) + "\n").encode()
     descriptor = os.open(folder / f"{_writer()}.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -172,17 +172,6 @@ def _writer() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
-
-
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write(temporary)` write a file, bring it to the disk, and give it its name: whole, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -202,7 +191,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, written whole or not at all."""
-    write_atomic(path, lambda temporary: temporary.write_text(json.dumps(_finite(value), indent=2) + "\n"))
+    write_atomic(path, lambda temporary: temporary.write_text(to_json(value, indent=2) + "\n"))
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -227,7 +216,7 @@ def _log_lines(run: Path) -> list[dict[str, Any]]:
 
 def append_log(run: Path, line: Mapping[str, Any]) -> None:
     """One line of a run's log, on its own line even where a killed writer left a torn one."""
-    text = json.dumps(_finite(dict(line))) + "\n"
+    text = to_json(line) + "\n"
     with (run / "log.jsonl").open("ab+") as file:
         size = file.seek(0, os.SEEK_END)
         torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"

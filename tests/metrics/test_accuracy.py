@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
@@ -27,10 +29,47 @@ def test_a_tie_is_what_argmax_says() -> None:
     assert accuracy.top_k_pct(rounded, labels, 1) == (rounded.argmax(axis=1) == labels).mean() * 100
 
 
-def test_a_broken_model_is_never_right() -> None:
-    logits = np.full((4, 3), np.nan)
+BROKEN = [
+    np.full((4, 3), np.nan),
+    np.full((4, 3), np.inf),
+    np.full((4, 3), -np.inf),
+    np.where(np.eye(3)[LABELS] == 1, np.nan, LOGITS),
+    np.where(np.eye(3)[LABELS] == 1, np.inf, LOGITS),
+]
+
+
+@pytest.mark.parametrize("logits", BROKEN)
+def test_a_broken_model_is_never_right(logits: np.ndarray, tmp_path: Path) -> None:
+    assert accuracy.predicted(logits).tolist() == [-1] * 4
     assert accuracy.top_k_pct(logits, LABELS, 1) == 0
     assert accuracy.top_k_pct(logits, LABELS, 3) == 0
+    assert accuracy.per_class(logits, LABELS) == ([0, None, 0], [[0] * 3] * 3)
+    assert np.isnan(accuracy.probabilities(logits)).all()
+    found = accuracy.summary(logits, LABELS)
+    assert (found["top1_pct"], found["top1_low_pct"]) == (0, 0)
+    assert np.isnan([found["nll"], found["ece_pct"]]).all()
+    assert "4 of 4 images; train it again with a lower --lr" in accuracy.broken_text(logits)
+    accuracy.save_predictions(tmp_path / "predictions.npz", logits, LABELS)
+    with np.load(tmp_path / "predictions.npz") as kept:
+        assert kept["predicted"].tolist() == [-1] * 4
+
+
+def test_a_broken_sample_alone_is_wrong_and_in_no_column() -> None:
+    logits = LOGITS.copy()
+    logits[0, 2] = np.nan
+    assert accuracy.predicted(logits).tolist() == [-1, 1, 2, 2]
+    assert accuracy.top_k_pct(logits, LABELS, 1) == 25
+    assert accuracy.per_class(logits, LABELS) == ([0, None, 50], [[0, 0, 1], [0, 0, 0], [0, 1, 1]])
+    assert np.isnan(accuracy.probabilities(logits)).all(axis=1).tolist() == [True, False, False, False]
+    assert "1 of 4 images" in accuracy.broken_text(logits)
+
+
+def test_a_class_that_is_excluded_breaks_nothing() -> None:
+    logits = np.array([[-np.inf, 0.0, np.log(3)], [1.0, 0.0, -np.inf]])
+    assert accuracy.predicted(logits).tolist() == [2, 0]
+    np.testing.assert_allclose(accuracy.probabilities(logits)[0], [0, 0.25, 0.75])
+    assert accuracy.nll(logits[:1], np.array([2])) == pytest.approx(-np.log(0.75))
+    assert accuracy.broken_text(logits) == ""
 
 
 def test_probabilities_and_likelihood() -> None:

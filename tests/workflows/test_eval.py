@@ -9,6 +9,7 @@ import torch
 from vitcmp import load_data, store
 from vitcmp.configs import RuntimeConfig, UserError, resolve_run
 from vitcmp.data.corrupt import corrupt
+from vitcmp.models.checkpoint import load_run, save_weights
 from vitcmp.workflows import eval as evaluation
 from vitcmp.workflows import train
 
@@ -84,3 +85,24 @@ def test_checkpoint_files_of_single_epochs_evaluate(tmp_path: Path):
     }  # fmt: skip
     found = evaluation.run(str(folder / "epoch-0001.safetensors"), runtime)
     assert found.record.config["run"] == record.id
+
+
+def test_a_broken_model_has_diverged_and_predicts_nothing(trained):
+    record, runtime = trained
+    broken = load_run(record.id, runtime.results)
+    with torch.no_grad():
+        for parameter in broken.model.parameters():
+            parameter.fill_(torch.nan)
+    path = broken.folder / "broken.safetensors"
+    save_weights(path, broken.model, broken.info)
+    found = evaluation.run(str(path), runtime)
+    assert found.record.status == "diverged"
+    assert found.record.error == (
+        "the model's logits are not finite for 360 of 360 images; train it again with a lower --lr or longer "
+        "--warmup-epochs"
+    )
+    assert (found.class_top1_pct, found.confusion) == ([0] * 10, [[0] * 10] * 10)
+    assert set(np.load(found.predictions)["predicted"]) == {-1}
+    (stored,) = (r for r in store.read(runtime.results) if r.id == found.record.id)
+    assert (stored.status, stored.error) == (found.record.status, found.record.error)
+    assert (stored.metrics["top1_pct"], stored.metrics["nll"], stored.metrics["ece_pct"]) == (0, None, None)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcmp.configs import UserError, resolve_run
+from vitcmp.configs import Diverged, UserError, resolve_run
 from vitcmp.data.augment import Normalise
-from vitcmp.models.checkpoint import RunInfo, save_weights
+from vitcmp.models.checkpoint import RunInfo, load_weights, save_weights
 from vitcmp.models.vit import ViT
 from vitcmp.workflows import predict
 
@@ -69,3 +69,14 @@ def test_mistakes_name_the_remedy(tmp_path, pictures):
         predict.run(run, pictures, device="cpu", top=0)
     with pytest.raises(UserError, match=r"gone\.png"):
         predict.run(run, [*pictures, tmp_path / "gone.png"], device="cpu")
+
+
+def test_a_broken_model_says_so(tmp_path, pictures):
+    run, _ = checkpoint(tmp_path / "model.safetensors")
+    model, info = load_weights(Path(run))
+    with torch.no_grad():
+        model.head.bias[3] = torch.nan
+    save_weights(tmp_path / "broken.safetensors", model, info)
+    with pytest.raises(Diverged, match="not finite for 2 of 2 images; train it again with a lower --lr"):
+        predict.run(str(tmp_path / "broken.safetensors"), pictures, device="cpu")
+    assert len(predict.run(run, pictures, device="cpu")) == 2

@@ -262,6 +262,38 @@ def test_a_run_that_breaks_in_its_last_step_has_diverged_too(tmp_path: Path) -> 
     assert "top1_pct" not in record.metrics
 
 
+BREAKS_ON_TEST = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+class Mixer(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (torch.nan if len(x) == 360 else 1)  # as many as digits has test images
+
+def build(layer, config):
+    return Mixer(layer.dim, layer.dim)
+
+def macs(layer, config):
+    return 0
+"""
+
+
+def test_a_run_that_breaks_on_the_test_images_alone_has_diverged_too(tmp_path: Path) -> None:
+    (tmp_path / "breaks.py").write_text(BREAKS_ON_TEST)
+    record = run_small(tmp_path, attention=str(tmp_path / "breaks.py"))
+    assert record.status == "diverged"
+    assert "not finite for 360 of 360 images; train it again with a lower --lr" in str(record.error)
+    assert (record.metrics["top1_pct"], record.metrics["epochs_run"]) == (0, 2)
+    assert record.metrics["validation_top1_pct"] > 0
+    with np.load(only_run(tmp_path) / "predictions.npz") as kept:
+        assert set(kept["predicted"]) == {-1}
+
+
 def test_an_interrupted_run_says_so(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_small(tmp_path, listen=stop_after_first_epoch)
@@ -416,6 +448,14 @@ def test_equal_specs_have_equal_keys() -> None:
 def test_training_from_python(tmp_path: Path) -> None:
     record = train.train(results=str(tmp_path), device="cpu", **{**SMALL, "epochs": 1})
     assert store.load(tmp_path)["top1_pct"].tolist() == [record.metrics["top1_pct"]]
+
+
+def test_too_many_threads_are_refused_before_torch_starts_them(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(UserError, match=r"threads \(100000\) must be at most"):
+        train.train(results=str(tmp_path), threads=100_000, **SMALL)
+    assert torch.get_num_threads() == before
+    assert list(tmp_path.iterdir()) == []
 
 
 KILLED = """

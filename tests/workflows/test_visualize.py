@@ -11,7 +11,7 @@ from PIL import Image
 from vitcmp import store
 from vitcmp.configs import RuntimeConfig, UserError, resolve_run
 from vitcmp.data.datasets import load_data
-from vitcmp.models.checkpoint import RunInfo, load_run, save_weights
+from vitcmp.models.checkpoint import RunInfo, load_run, load_weights, save_weights
 from vitcmp.models.vit import ViT
 from vitcmp.workflows import visualize
 
@@ -205,3 +205,18 @@ def test_mistakes_name_the_remedy(results, tmp_path):
     ):
         with pytest.raises(UserError, match=reason):
             visualize.run(**{"runs": ["a"], "results": results, "device": "cpu", **options})
+
+
+def test_a_broken_model_says_nothing(tmp_path):
+    make_run(tmp_path, "broken")
+    path = tmp_path / "runs" / "broken" / "model.safetensors"
+    model, info = load_weights(path)
+    with torch.no_grad():
+        model.head.bias[0] = torch.nan
+    save_weights(path, model, info)
+    drawn = visualize.run(["broken"], str(tmp_path), device="cpu", what=["maps", "rollout"])
+    assert [p.name for p in drawn.paths] == ["broken-views.png"]
+    assert drawn.notes == (
+        "nothing of broken: the model's logits are not finite for 1 of 1 images; train it again with a lower --lr or "
+        "longer --warmup-epochs",
+    )

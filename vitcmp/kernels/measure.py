@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -56,11 +57,12 @@ def time_forms(op: Operator, dtype: torch.dtype, sizes: tuple[int, ...], trains:
     if len(names) < 2:
         return {}
     samples: dict[str, list[float]] = {name: [] for name in names}
-    calls = {name: _calls(lambda name=name: op.run(name, args, trains)) for name in names}
+    runs = {name: functools.partial(op.run, name, args, trains) for name in names}
+    calls = {name: _calls(run) for name, run in runs.items()}
     began = time.perf_counter()
     for round_number in range(ROUNDS):
         for name in names:
-            samples[name].append(_seconds(lambda name=name: op.run(name, args, trains), calls[name]))
+            samples[name].append(_seconds(runs[name], calls[name]))
         if round_number >= 2 and time.perf_counter() - began > MAX_SECONDS:
             break
     return {name: round(1000 * statistics.median(taken), 4) for name, taken in samples.items()}

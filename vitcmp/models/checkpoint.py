@@ -15,6 +15,7 @@ from vitcmp.attention import AttentionError
 from vitcmp.configs import RunConfig, RuntimeConfig, UserError, attention_name
 from vitcmp.data.datasets import Data
 from vitcmp.models.vit import ViT
+from vitcmp.plain_json import to_json
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Run:
 def save_weights(path: Path, model: ViT, info: RunInfo) -> None:
     """Write parameters and buffers; whole, or not at all."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    store.write_atomic(path, lambda temporary: save_file(state, temporary, {"vitcmp": json.dumps(asdict(info))}))
+    store.write_atomic(path, lambda temporary: save_file(state, temporary, {"vitcmp": to_json(asdict(info))}))
 
 
 def load_info(run: Path) -> RunInfo:

@@ -113,8 +113,7 @@ def check(cells: Sequence[Cell], runtime: RuntimeConfig) -> None:
 def finished(cells: Sequence[Cell], runtime: RuntimeConfig) -> dict[Cell, store.Record]:
     """The newest ok record of each cell that was measured by this code on this machine."""
     device = machine.pick_device(runtime.device)
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    machine.set_threads(runtime.threads)
     newest = {r.key: r for r in store.read(runtime.results) if r.kind == "bench" and r.status == "ok"}
     keys = {cell: _key(cell, device) for cell in cells}
     return {cell: newest[key] for cell, key in keys.items() if key in newest}
@@ -134,8 +133,7 @@ def run(
 def _run(cells: Sequence[Cell], runtime: RuntimeConfig, listen: Listener, force: bool) -> list[store.Record]:
     device = machine.pick_device(runtime.device)
     store.check_writable(runtime.results)
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    machine.set_threads(runtime.threads)
     done = {} if force else finished(cells, runtime)
     waiting = [cell for cell in cells if cell not in done]
     records: list[store.Record] = []

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vitcmp import machine, store
 from vitcmp.configs import DATASETS, RuntimeConfig, UserError, choose
 from vitcmp.data.augment import Normalise
@@ -44,7 +42,8 @@ def run(
 ) -> Evaluation:
     """Evaluate a run or checkpoint, in fp32, and append a record; every image's prediction is kept beside the weights.
 
-    `dataset` may be another one with as many classes and channels.
+    `dataset` may be another one with as many classes and channels. An image whose logits are not finite counts as
+    wrong, and the record's status is then `diverged`.
 
     Raises: UserError for no such run, or a data set, size or corruption that does not fit.
     """
@@ -64,8 +63,7 @@ def run(
     choose(split, ("train", "validation", "test"), "split")
     device = machine.pick_device(runtime.device)
     store.check_writable(runtime.results)
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    machine.set_threads(runtime.threads)
     model = trained.model if image_size is None else resized(trained.model, image_size)
     data = load_data(config.data, runtime.data_dir)
     part: Split = getattr(data, split)
@@ -88,8 +86,10 @@ def run(
         "class_top1_pct": class_top1_pct,
         "confusion": confusion,
     }
+    broken = accuracy.broken_text(logits)
     record = store.new_record(
-        kind="eval", status="ok", key=store.cell_key("eval", {**info.config, **asked}, data.digest),
+        kind="eval", status="diverged" if broken else "ok", error=broken or None,
+        key=store.cell_key("eval", {**info.config, **asked}, data.digest),
         config={**info.config, **asked}, hardware=machine.hardware(device), versions=machine.versions(),
         commit=machine.commit(), metrics=metrics, warnings=list(data.warnings),
     )  # fmt: skip

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from vitcmp import machine
-from vitcmp.configs import RuntimeConfig, UserError
+from vitcmp.configs import Diverged, RuntimeConfig, UserError
 from vitcmp.data.augment import Normalise
 from vitcmp.data.datasets import Split
 from vitcmp.data.pictures import prepare_image
-from vitcmp.metrics.accuracy import probabilities
+from vitcmp.metrics.accuracy import broken_text, probabilities
 from vitcmp.metrics.inference import logits_of
 from vitcmp.models.checkpoint import load_run
 
@@ -41,7 +41,7 @@ def run(
     `invert` swaps black and white: for dark ink on white paper where the run was trained on white on black. A run that
     was trained on inverted images inverts pictures by itself, and `invert` then undoes it.
 
-    Raises: UserError for no run, no or an unreadable picture, or a `top` below 1.
+    Raises: UserError for no run, no or an unreadable picture, or a `top` below 1; Diverged where logits are not finite.
     """
     if not images:
         raise UserError("no image given; give one or more image files")
@@ -56,6 +56,8 @@ def run(
         pixels = 255 - pixels
     normalise = Normalise(info.mean, info.std, model.config.image_hw, device)
     logits = logits_of(model, Split(pixels, torch.zeros(len(pixels), dtype=torch.int64)), normalise, device)
+    if broken := broken_text(logits):
+        raise Diverged(broken)
     predictions = []
     for path, shares in zip(images, probabilities(logits), strict=True):
         best = shares.argsort()[::-1][:top]

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitcmp import attention, kernels, machine, store
 from vitcmp.attention import DegenerateWarning
-from vitcmp.configs import RunConfig, RuntimeConfig, TrainConfig, UserError, resolve_run
+from vitcmp.configs import Diverged, RunConfig, RuntimeConfig, TrainConfig, UserError, resolve_run
 from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
 from vitcmp.kernels import forms
@@ -44,10 +44,6 @@ Listener = Callable[[dict[str, Any]], None]
 Track = Callable[[str, float, int], None]
 PROFILE = "kernel_profile.json"
 """In a run's folder: the measurements by which forms were chosen when it began."""
-
-
-class Diverged(Exception):
-    """The loss is not finite any more."""
 
 
 def train(**settings: Any) -> store.Record:
@@ -107,8 +103,7 @@ def _run(
 ) -> store.Record:  # fmt: skip
     config = canonical(config)
     device = machine.pick_device(runtime.device)
-    if runtime.threads:
-        torch.set_num_threads(runtime.threads)
+    machine.set_threads(runtime.threads)
     data = data or load_data(config.data, runtime.data_dir)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DegenerateWarning)
@@ -323,7 +318,10 @@ def _train_and_test(
     save_weights(folder / "last.safetensors", state.evaluated, info)
     metrics |= _speed(store.read_log(folder))
     metrics |= {"epochs_run": state.epoch, "best_epoch": state.best_epoch}
-    metrics |= _test(folder, data, normalise, device)
+    tested, broken = _test(folder, data, normalise, device)
+    metrics |= tested
+    if broken:
+        raise Diverged(broken)
 
 
 def keeps_memory(device: torch.device, precision: str, in_parts: bool) -> bool:
@@ -485,8 +483,8 @@ def _speed(log: Iterable[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _test(folder: Path, data: Data, normalise: Normalise, device: torch.device) -> dict[str, Any]:
-    """Accuracy of the best state on all three splits; the test images' predictions are kept."""
+def _test(folder: Path, data: Data, normalise: Normalise, device: torch.device) -> tuple[dict[str, Any], str]:
+    """Accuracy of the best state on all three splits, and what is broken; the test images' predictions are kept."""
     model, _ = load_weights(folder / "model.safetensors")
     model.to(device)
     metrics = {}
@@ -495,7 +493,7 @@ def _test(folder: Path, data: Data, normalise: Normalise, device: torch.device) 
         metrics[f"{name}_top1_pct"] = accuracy.top_k_pct(logits, part.labels.numpy(), 1)
     logits, labels = logits_of(model, data.test, normalise, device), data.test.labels.numpy()
     accuracy.save_predictions(folder / "predictions.npz", logits, labels)
-    return metrics | accuracy.summary(logits, labels)
+    return metrics | accuracy.summary(logits, labels), accuracy.broken_text(logits)
 
 
 def _status_of(error: Exception, model: nn.Module) -> str:

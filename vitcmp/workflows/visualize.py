@@ -20,8 +20,7 @@ from vitcmp.configs import RuntimeConfig, UserError, choose
 from vitcmp.data.augment import Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
 from vitcmp.data.pictures import prepare_image
-from vitcmp.metrics import interpret
-from vitcmp.metrics.accuracy import per_class
+from vitcmp.metrics import accuracy, interpret
 from vitcmp.models.checkpoint import Run, load_run
 from vitcmp.models.vit import ViT
 from vitcmp.render import figures, plots
@@ -221,17 +220,25 @@ class _Artist:
         """The maps of each run, and their views side by side."""
         pixels = picture.pixels.unsqueeze(0)
         image = group[0].to_images(group[0].to_input(pixels))[0]
-        views, captions, caveats = {}, {}, []
+        views: dict[str, dict[str, np.ndarray | str]] = {}
+        captions, caveats = {}, []
         for subject in group:
             x = subject.to_input(pixels)
             with torch.no_grad():
-                share, said = subject.model(x)[0].softmax(dim=0).max(dim=0)
-            captions[subject.label] = f"says {subject.run.info.class_names[int(said)]} ({100 * share.item():.0f} %)"
+                logits = subject.model(x).cpu().numpy()
+            if broken := accuracy.broken_text(logits):
+                self.notes.append(f"nothing of {subject.stem}: {broken}")
+                captions[subject.label] = "says nothing"
+                views[subject.label] = {LAST: broken}
+                continue
+            said = int(accuracy.predicted(logits)[0])
+            share = 100 * accuracy.probabilities(logits)[0, said]
+            captions[subject.label] = f"says {subject.run.info.class_names[said]} ({share:.0f} %)"
             views[subject.label], caveat = self._views(subject, x, image, picture)
             caveats += [f"{subject.label}: {caveat}"] if caveat else []
             if self._wants("gradcam"):
                 try:
-                    views[subject.label]["Grad-CAM"] = interpret.grad_cam(subject.model, x[0], int(said)).numpy()
+                    views[subject.label]["Grad-CAM"] = interpret.grad_cam(subject.model, x[0], said).numpy()
                 except UserError as error:
                     views[subject.label]["Grad-CAM"] = str(error)
                     self.notes.append(f"no gradcam: {error}")
@@ -337,7 +344,7 @@ class _Artist:
         if not path.is_file():
             raise UserError(f"{subject.stem} has no predictions beside it; finish it with `vitcmp train --resume`")
         with np.load(path) as kept:
-            _, matrix = per_class(kept["logits"], kept["labels"])
+            _, matrix = accuracy.per_class(kept["logits"], kept["labels"])
         plots.confusion(np.array(matrix), subject.run.info.class_names, self._path(f"{subject.stem}-confusion"))
 
 
