@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import signal
 import sys
@@ -696,7 +697,10 @@ def _settings(
 
 def _runtime(given: dict[str, Any], file: Path | None) -> RuntimeConfig:
     """For commands that need to know no more than where things are; the rest of a file is not for them."""
-    return take(only(_settings(given, None, None, None, file), RuntimeConfig), RuntimeConfig)
+    runtime = take(only(_settings(given, None, None, None, file), RuntimeConfig), RuntimeConfig)
+    if runtime.kernels:
+        os.environ["VITCMP_KERNELS"] = runtime.kernels
+    return runtime
 
 
 def _grid(settings: dict[str, Any], everything: bool = False) -> tuple[list[str], list[int]]:
@@ -748,6 +752,12 @@ def main() -> NoReturn:
         _fail(str(error), code=1)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Exception as error:
+        from vitcmp.kernels.switch import KernelError, SettingError  # whatever failed has imported torch
+
+        if not isinstance(error, KernelError):
+            raise
+        _fail(str(error), code=2 if isinstance(error, SettingError) else 1)
     except SystemExit as stopped:
         code = stopped.code
     if code in (130, 143):
