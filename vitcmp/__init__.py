@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+is_own_process = False
+"""Whether this process is one of vitcmp's commands or workers: in a user's own, the allocator is left as it is."""
 
 _PUBLIC = {
     "build_model": "vitcmp.models.vit",

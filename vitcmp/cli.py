@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+import vitcmp
 from vitcmp import __version__, attention
 from vitcmp.configs import (
     PRESETS,
@@ -740,6 +741,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command line. Exit: 0 ok, 1 failed or diverged, 2 bad input, 3 a regression, 130 and 143 interrupted."""
+    vitcmp.is_own_process = True
     signal.signal(signal.SIGTERM, _terminated)
     warnings.showwarning = lambda message, *rest: output.say(f"warning: {message}")
     try:

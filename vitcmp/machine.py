@@ -91,6 +91,11 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def is_ours() -> bool:
+    """Whether this process is one of vitcmp's commands or workers, whose settings are vitcmp's to change."""
+    return vitcmp.is_own_process
+
+
 def keep_freed_memory() -> bool:
     """Have glibc keep freed memory instead of returning it page by page; True where that could be set.
 

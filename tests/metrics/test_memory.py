@@ -6,6 +6,7 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def test_other_devices_are_unknown() -> None:
     peak = PeakMemory(torch.device("mps"))
     assert peak.mib() is None
     assert peak.held_mib() is None
+    with pytest.raises(memory.NotKnown, match="does not tell"), memory.exact_peak(torch.device("mps")):
+        pass
 
 
 def in_child(context: Any, task: Callable[..., Any], *args: object) -> Any:
@@ -95,6 +98,57 @@ def allocate(mib: int, before: int = 0) -> dict[str, float | None]:
     torch.ones(MIB).add_(1)
     torch.ones(before * MIB)
     return memory.measure_memory(CPU, lambda: torch.ones(mib * MIB))
+
+
+def exact_after_keeping(mib: int, threads: int) -> tuple[list[float | None], list[float | None]]:
+    """Readings of a known allocation, by `exact_peak` and by a plain reading, in a process that keeps what it frees.
+
+    With threads, one of theirs allocates as well, from a heap of its own.
+    """
+    machine.keep_freed_memory()
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+
+        def call(mib: int) -> None:
+            half = [torch.ones(MIB) for _ in range(mib // 2)]
+            if threads:
+                pool.submit(lambda: [torch.ones(MIB) for _ in range(mib // 2)]).result()
+            torch.ones(mib * MIB - len(half) * MIB)
+
+        readings: tuple[list[float | None], list[float | None]] = [], []
+        for _ in range(3):
+            plain = PeakMemory(CPU)
+            call(mib)
+            readings[1].append(plain.mib())
+            with memory.exact_peak(CPU, pool if threads else None, threads) as exact:
+                call(mib)
+                readings[0].append(exact.mib())
+            machine.keep_freed_memory()
+            call(2 * mib)
+    return readings
+
+
+@knows
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_exact_peak_is_that_of_what_is_held_in_a_process_that_keeps_what_it_frees(fork: Any, threads: int) -> None:
+    exact, plain = in_child(fork, exact_after_keeping, 64, threads)
+    assert exact == [pytest.approx(64, rel=0.05)] * 3
+    assert min(plain) < 48, "a plain reading does not see what is used again"
+
+
+def taken_and_given_back(mib: int) -> tuple[float, float]:
+    """Growth of the resident memory while free places are taken, and after."""
+    machine.keep_freed_memory()
+    torch.ones(mib * MIB)
+    start = PeakMemory(CPU)
+    with memory.exact_peak(CPU):
+        inside = start.held_mib()
+    return inside, start.held_mib()
+
+
+@knows
+def test_places_that_are_taken_hold_no_memory(fork: Any) -> None:
+    for held in in_child(fork, taken_and_given_back, 256):
+        assert -300 < held < 4
 
 
 SIZES = [64, 128, 256, 512, 1024]

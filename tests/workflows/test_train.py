@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vitcmp import store
+from vitcmp import machine, store
 from vitcmp.configs import RuntimeConfig, TrainConfig, UserError, resolve_run
 from vitcmp.data.augment import Batch
 from vitcmp.data.datasets import load_data
+from vitcmp.metrics import memory
 from vitcmp.models.checkpoint import load_run
 from vitcmp.models.vit import build_model
 from vitcmp.workflows import train
@@ -448,6 +450,55 @@ def test_equal_specs_have_equal_keys() -> None:
 def test_training_from_python(tmp_path: Path) -> None:
     record = train.train(results=str(tmp_path), device="cpu", **{**SMALL, "epochs": 1})
     assert store.load(tmp_path)["top1_pct"].tolist() == [record.metrics["top1_pct"]]
+
+
+def peaks(specs: tuple[str, ...], threads: int, results: Path) -> dict[str, float | None]:
+    """Peak memory of one run after the other in this process."""
+    settings = {"train_samples": 64, "epochs": 1, "batch_size": 64}
+    if threads > 1:  # two parts of a batch beside each other
+        settings["micro_batch"] = 16
+    runtime = RuntimeConfig(results=str(results), device="cpu", threads=threads)
+    records = [run(resolve_run({**settings, "attention": spec}), runtime) for spec in specs]
+    assert [(record.status, record.warnings) for record in records] == [("ok", [])] * len(specs)
+    return {spec: record.metrics["peak_memory_mib"] for spec, record in zip(specs, records, strict=True)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system tells no peak memory")
+@pytest.mark.parametrize(
+    ("threads", "processes"),
+    [
+        (1, [("softmax", "linear", "performer"), ("performer", "linear", "softmax"), ("linear",)]),
+        (2, [("performer", "softmax"), ("softmax",)]),
+    ],
+)
+def test_peak_memory_is_the_mechanisms_own_whatever_ran_before(
+    threads: int, processes: list[tuple[str, ...]], tmp_path: Path
+) -> None:
+    context = machine.process_context(torch.device("cpu"), preload="vitcmp.workflows.train")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh:
+        found = [fresh.submit(peaks, specs, threads, tmp_path).result() for specs in processes]
+    # What runs first in a process runs as if it were alone.
+    alone = {specs[0]: readings[specs[0]] for specs, readings in zip(processes, found, strict=True)}
+    for readings in found:
+        assert readings == {spec: pytest.approx(alone[spec], rel=0.1) for spec in readings}
+    assert all(3 < mib < 30 for mib in alone.values())
+
+
+def test_memory_that_cannot_be_told_is_none_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, data = resolve_run(SMALL), load_data("digits")
+    compiled = train._step_memory(config, data, torch.device("cpu"), 32, "fp32", 1, compiled=True)
+    assert compiled == (
+        None,
+        "unknown for a compiled model; measure it with `vitcmp bench --level model --mode train-step`",
+    )
+    monkeypatch.setattr(memory, "_status_mib", unreadable)
+    record = run_small(tmp_path, epochs=1)
+    assert (record.status, record.metrics["peak_memory_mib"]) == ("ok", None)
+    assert record.warnings == ["peak memory: this system does not tell"]
+
+
+def unreadable(field: str) -> float:
+    raise OSError(field)
 
 
 def test_too_many_threads_are_refused_before_torch_starts_them(tmp_path: Path) -> None:

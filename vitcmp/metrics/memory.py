@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import torch
 from torch import Tensor
@@ -63,9 +66,93 @@ def return_freed_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
-            # M_MMAP_THRESHOLD, which freeing would otherwise raise, and M_MMAP_MAX of <malloc.h>.
+            # M_MMAP_THRESHOLD, which freeing would otherwise raise, M_MMAP_MAX and M_TOP_PAD of <malloc.h>.
             mallopt(-3, 2**16)
             mallopt(-4, 2**16)
+            mallopt(-2, 2**17)
+
+
+class NotKnown(Exception):
+    """A reading of memory that this system or its allocator does not allow, and why."""
+
+
+@contextlib.contextmanager
+def exact_peak(device: torch.device, pool: ThreadPoolExecutor | None = None, threads: int = 0) -> Iterator[PeakMemory]:
+    """A reading of what is held at once, whatever this process has freed before.
+
+    glibc keeps freed memory for later, where it would be used again unseen. So it is given back, and its places in the
+    heap are taken: then all but small allocations are mapped by themselves, and unmapped when freed. `pool` has
+    `threads` threads that will allocate, too; each has a heap of its own.
+
+    Raises: NotKnown where the system does not tell, or another allocator keeps what is freed.
+    """
+    gc.collect()
+    give_back(device)
+    if device.type != "cpu":
+        peak = PeakMemory(device)
+        if peak.mib() is None:
+            raise NotKnown("this system does not tell")
+        yield peak
+        return
+    taken: list[int] = []
+    try:
+        return_freed_memory()
+        taken += _take_free_memory()
+        if pool is not None:
+            together = Barrier(threads)  # so that each thread takes one of the calls
+
+            def take(_: int) -> list[int]:
+                together.wait()
+                return _take_free_memory()
+
+            taken += [address for part in pool.map(take, range(threads)) for address in part]
+        probe = PeakMemory(device)
+        torch.ones(16 * 2**18)
+        held = probe.held_mib()
+        if held is None:
+            raise NotKnown("this system does not tell")
+        if held > 4:
+            raise NotKnown("this process's allocator keeps freed memory")
+        yield PeakMemory(device)
+    finally:
+        if libc := _glibc():
+            for address in taken:
+                libc.free(address)
+            # The limits that glibc comes to by itself where blocks of 32 MiB are freed.
+            libc.mallopt(-3, 2**25)
+            libc.mallopt(-1, 2**26)
+
+
+def _take_free_memory() -> list[int]:
+    """Allocate all free places of 64 KiB and more in this thread's heap, and touch none; their addresses.
+
+    After `return_freed_memory`, an allocation that finds no place in the heap is mapped by itself.
+    """
+    taken: list[int] = []
+    libc = _glibc()
+    if libc is None:
+        return taken
+    for size in (2**power for power in range(34, 15, -1)):
+        while (address := libc.malloc(size)) and len(taken) < 100_000:
+            # In glibc's heap, a block has up to some words more than asked for; mapped by itself, it has whole pages.
+            if not size < libc.malloc_usable_size(address) < size + 512:
+                libc.free(address)
+                break
+            taken.append(address)
+    return taken
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The functions of glibc's allocator, if it is there."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return None
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.malloc_usable_size.argtypes, libc.malloc_usable_size.restype = [ctypes.c_void_p], ctypes.c_size_t
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    return libc
 
 
 def measure_memory(

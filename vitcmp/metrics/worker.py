@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import vitcmp
 from vitcmp import machine
 from vitcmp.metrics.latency import CellLost
 
@@ -85,6 +86,7 @@ def _settings() -> dict[str, str]:
 def _serve(
     connection: Connection, make: Callable[..., object], args: tuple[object, ...], settings: dict[str, str]
 ) -> None:
+    vitcmp.is_own_process = True
     for name in [name for name in os.environ if name.startswith("VITCMP_")]:
         del os.environ[name]
     os.environ.update(settings)

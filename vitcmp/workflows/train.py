@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitcmp import attention, kernels, machine, store
 from vitcmp.attention import DegenerateWarning
-from vitcmp.configs import Diverged, RunConfig, RuntimeConfig, TrainConfig, UserError, resolve_run
+from vitcmp.configs import Diverged, ModelConfig, RunConfig, RuntimeConfig, TrainConfig, UserError, resolve_run
 from vitcmp.data.augment import Batch, Normalise, TrainPipeline
 from vitcmp.data.datasets import Data, load_data
 from vitcmp.kernels import forms
@@ -35,7 +35,7 @@ from vitcmp.kernels._torch import add_all
 from vitcmp.kernels.threads import pool
 from vitcmp.metrics import accuracy, complexity
 from vitcmp.metrics.inference import logits_of, micro_batch
-from vitcmp.metrics.memory import PeakMemory
+from vitcmp.metrics.memory import NotKnown, exact_peak
 from vitcmp.models.checkpoint import RunInfo, load_info, load_weights, save_weights
 from vitcmp.models.fast import fast, kind_of
 from vitcmp.models.vit import ViT, seed_of
@@ -122,12 +122,13 @@ def _run(
     listen({"event": "start", "run": str(folder), "notes": notes})
 
     kernels.forget_used()
-    memory = PeakMemory(device)
     metrics: dict[str, Any] = {"precision_used": machine.precision(config.train.precision, device)}
     status, error = "ok", None
     interruption: BaseException | None = None
     try:
-        _train_and_test(model, config, runtime, data, device, folder, info, listen, make_tracker(folder), metrics)
+        _train_and_test(
+            model, config, runtime, data, device, folder, info, listen, make_tracker(folder), metrics, notes
+        )
     except Diverged as reason:
         status, error = "diverged", str(reason)
     except UserError:
@@ -137,7 +138,6 @@ def _run(
     except Exception as reason:
         status, error = _status_of(reason, model), f"{type(reason).__name__}: {reason}".splitlines()[0]
         (folder / "error.txt").write_text(traceback.format_exc())
-    metrics["peak_memory_mib"] = memory.mib()
     metrics |= {"kernels_used": kernels.used(), "kernel_profile": profile.digest}
     record = store.new_record(
         id=info.id if status == "ok" else f"{info.id}.{status}.{int(time.time() * 1000)}",
@@ -226,17 +226,20 @@ class _EpochSums:
 
 def _train_and_test(
     model: ViT, config: RunConfig, runtime: RuntimeConfig, data: Data, device: torch.device,
-    folder: Path, info: RunInfo, listen: Listener, track: Track, metrics: dict[str, Any],
+    folder: Path, info: RunInfo, listen: Listener, track: Track, metrics: dict[str, Any], notes: list[str],
 ) -> None:  # fmt: skip
-    """The run itself; fills `metrics` as it goes, so that a run which ends early keeps what it has."""
+    """The run itself; fills `metrics` and `notes` as it goes, so that a run which ends early keeps what it has."""
     c = config.train
-    model.to(device)
     size = micro_batch(model, device, c.batch_size) if c.micro_batch == "auto" else min(c.micro_batch, c.batch_size)
     precision, in_parts = metrics["precision_used"], size < c.batch_size
-    if keeps_memory(device, precision, in_parts):
-        machine.keep_freed_memory()
     num_lanes = lanes(config, device, in_parts)
     compiled = c.compile and _can_compile(device, listen)
+    # Before training, so that nothing of the reading is in its time.
+    metrics["peak_memory_mib"], reason = _step_memory(config, data, device, size, precision, num_lanes, compiled)
+    notes += [f"peak memory: {reason}"] if reason else []
+    model.to(device)
+    if keeps_memory(device, precision, in_parts) and machine.is_ours():
+        machine.keep_freed_memory()
     metrics |= {
         "params_m": complexity.parameters_m(model),
         "attention_macs_g": complexity.attention_macs(model) / 1e9,
@@ -322,6 +325,54 @@ def _train_and_test(
     metrics |= tested
     if broken:
         raise Diverged(broken)
+
+
+def _step_memory(
+    config: RunConfig, data: Data, device: torch.device, size: int, precision: str, num_lanes: int, compiled: bool
+) -> tuple[float | None, str]:
+    """Peak memory of a training step in MiB above weights and images, or None and why it is not known.
+
+    Of a model of its own, and of as many images as show the peak: two micro-batches, as gradients of the first one are
+    there while the second one is computed.
+    """
+    if compiled:
+        return None, "unknown for a compiled model; measure it with `vitcmp bench --level model --mode train-step`"
+    c, m = config.train, config.model
+    part = data.train.take(torch.arange(min(2 * size * num_lanes, c.batch_size, len(data.train))))
+    images = Normalise(data.mean, data.std, m.image_hw, device)(part.images.to(device))
+    labels = part.labels.to(device)
+    batch = Batch(images, labels, labels, torch.ones(len(labels), device=device))
+
+    def step_of(model_config: ModelConfig) -> Callable[[], object]:
+        model = fast(ViT(model_config, c.seed).to(device)).train()
+        optimizer = make_optimizer(model, c, device)
+
+        def step() -> None:
+            # The optimizer's state, which is there from the second step on.
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            train_step(model, batch, optimizer, c, size, precision, num_lanes)
+            machine.synchronize(device)
+
+        return step
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # What libraries allocate once is not the model's. The last layer computes less than the others.
+            layers = (*dict.fromkeys(m.attention_specs), m.attention_specs[-1])
+            step_of(replace(m, depth=len(layers), attention=layers))()
+            step = step_of(m)
+        beside = pool(num_lanes, max(1, torch.get_num_threads() // num_lanes)) if num_lanes > 1 else None
+        with exact_peak(device, beside, num_lanes) as peak:
+            step()
+            return peak.mib(), ""
+    except NotKnown as reason:
+        return None, str(reason)
+    except Exception as reason:
+        # Training will come to the same error, and record it.
+        return None, f"{type(reason).__name__}: {reason}".splitlines()[0]
 
 
 def keeps_memory(device: torch.device, precision: str, in_parts: bool) -> bool:
