@@ -17,10 +17,12 @@ from vitcmp.kernels.forms import FORMATS, MODES, Cell, Profile
 from vitcmp.kernels.operator import COMPILED, Operator, can_run, operators
 
 ROUNDS = 7
-MIN_SECONDS = 0.002
+MIN_SECONDS = 0.001
 """Of a sample: a shorter call is repeated."""
-MAX_SECONDS = 0.5
+MAX_SECONDS = 0.15
 """Of a cell, after its first rounds: enough where a call is long."""
+LONG_SECONDS = 0.02
+"""Of a call that needs no second one to warm up."""
 
 
 def measure(listen: Callable[[str, int, int], None] = lambda text, done, total: None) -> Profile:
@@ -69,8 +71,10 @@ def time_forms(op: Operator, dtype: torch.dtype, sizes: tuple[int, ...], trains:
 
 
 def _calls(call: Callable[[], object]) -> int:
-    call()
-    return max(1, round(MIN_SECONDS / max(1e-6, _seconds(call, 1))))
+    seconds = _seconds(call, 1)
+    if seconds < LONG_SECONDS:
+        seconds = _seconds(call, 1)
+    return max(1, round(MIN_SECONDS / max(1e-6, seconds)))
 
 
 def _seconds(call: Callable[[], object], calls: int) -> float:

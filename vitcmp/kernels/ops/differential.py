@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitcmp.kernels.operator import Operator
-from vitcmp.kernels.ops.softmax import GRID, example, register_flops, same_format, sizes_of, softmax_attention
+from vitcmp.kernels.ops.softmax import SQUARES, example, register_flops, same_format, sizes_of, softmax_attention
 from vitcmp.kernels.tensors import empty_like, lines_of, memory, num_threads, side_by_side, sizes, wide
 from vitcmp.kernels.threads import share_out
 from vitcmp.kernels.torch_operator import torch_operator
@@ -78,5 +78,5 @@ differential_attention = Operator(
     accepts=lambda q, k, v, share: same_format(q, k, v) and share.dtype == torch.float32 and share.dim() == 0,
     sizes=sizes_of, unmeasured=lambda dtype, trains: ("apart",), left_out=["explicit"],
     example=lambda dtype, sizes: (*example(dtype, sizes), torch.tensor(0.5)),
-    grid=[sizes for sizes in GRID if sizes[1] == sizes[2]], dtypes=(torch.float32, torch.bfloat16),
+    grid=SQUARES, dtypes=(torch.float32, torch.bfloat16),
 )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vitcmp.kernels.operator import Operator
-from vitcmp.kernels.ops.softmax import GRID, example, sizes_of
+from vitcmp.kernels.ops.softmax import SQUARES, example, sizes_of
 from vitcmp.kernels.tensors import wide
 from vitcmp.kernels.threads import run_beside
 from vitcmp.kernels.torch_operator import differentiable, torch_operator
@@ -303,6 +303,6 @@ entmax_attention = Operator(
     "entmax_attention", "BHNK BHMK BHMC -> BHNC", {"torch": _reference, "numba": attend_on_cpu},
     accepts=_accepts, sizes=sizes_of, unmeasured=lambda dtype, trains: ("numba", "torch"),
     example=lambda dtype, sizes: (*example(dtype, sizes), torch.full((1, 1, 1, 1), 1.5), True),
-    grid=[sizes for sizes in GRID if sizes[1] == sizes[2] <= 1024],
+    grid=SQUARES,
     tolerance={torch.float64: 1e-7},  # a step of Newton's method is the last one where it is as small as this
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitcmp.kernels.operator import Operator
 from vitcmp.kernels.ops import blockwise
-from vitcmp.kernels.ops.softmax import GRID, example, register_flops, same_format, sizes_of
+from vitcmp.kernels.ops.softmax import SQUARES, example, register_flops, same_format, sizes_of
 from vitcmp.kernels.tensors import empty_like, lines_of, memory, num_threads, side_by_side, sizes
 from vitcmp.kernels.threads import share_out
 from vitcmp.kernels.torch_operator import torch_operator
@@ -62,5 +62,5 @@ sigmoid_attention = Operator(
     accepts=lambda q, k, v, bias: same_format(q, k, v),
     sizes=sizes_of, unmeasured=lambda dtype, trains: ("blocks", "explicit"),
     example=lambda dtype, sizes: (*example(dtype, sizes), -math.log(sizes[2])),
-    grid=[sizes for sizes in GRID if sizes[1] == sizes[2]], dtypes=(torch.float32, torch.bfloat16),
+    grid=SQUARES, dtypes=(torch.float32, torch.bfloat16),
 )  # fmt: skip

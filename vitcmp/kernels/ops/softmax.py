@@ -30,9 +30,11 @@ from vitcmp.kernels.torch_operator import TorchOperator, differentiable, torch_o
 
 GRID = (
     *((width, tokens, tokens) for width in (12, 32, 64) for tokens in (16, 64, 256, 1024)),
-    *((64, *pair) for pair in ((64, 4096), (4096, 64), (4096, 4096))),
+    *((64, *pair) for pair in ((64, 4096), (4096, 64))),
 )
 """Head width, queries, keys."""
+SQUARES = tuple((width, tokens, tokens) for width in (12, 64) for tokens in (16, 64, 256, 1024))
+"""The same for the other attentions."""
 TOKENS = 4096
 """Queries of a batch, about, in examples."""
 

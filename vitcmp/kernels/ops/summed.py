@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitcmp.kernels.feature_maps import elu_products
 from vitcmp.kernels.operator import Operator
-from vitcmp.kernels.ops.softmax import GRID, example, sizes_of
+from vitcmp.kernels.ops.softmax import SQUARES, example, sizes_of
 from vitcmp.kernels.tensors import empty_like, lines_of, memory, num_threads, side_by_side, sizes, wide
 from vitcmp.kernels.threads import share_out
 from vitcmp.kernels.torch_operator import torch_operator
@@ -99,16 +99,14 @@ def _accepts(q: Tensor, k: Tensor, v: Tensor, *rest: float) -> bool:
     return is_half_or_single and q.shape[-1] == v.shape[-1]
 
 
-_GRID = [sizes for sizes in GRID if sizes[1] == sizes[2]]
-
 efficient_attention = Operator(
     "efficient_attention", "BHNK BHMK BHMC -> BHNC", {"torch": efficient, "numba": _compiled_efficient},
     accepts=_accepts, sizes=sizes_of, unmeasured=lambda dtype, trains: ("torch",),
-    example=example, grid=_GRID, dtypes=(torch.float32, torch.bfloat16),
+    example=example, grid=SQUARES, dtypes=(torch.float32, torch.bfloat16),
 )  # fmt: skip
 
 linear_attention = Operator(
     "linear_attention", "BHNK BHMK BHMC -> BHNC", {"torch": linear, "numba": _compiled_linear},
     accepts=_accepts, sizes=sizes_of, unmeasured=lambda dtype, trains: ("torch",),
-    example=lambda dtype, sizes: (*example(dtype, sizes), 1e-6), grid=_GRID, dtypes=(torch.float32, torch.bfloat16),
+    example=lambda dtype, sizes: (*example(dtype, sizes), 1e-6), grid=SQUARES, dtypes=(torch.float32, torch.bfloat16),
 )  # fmt: skip
