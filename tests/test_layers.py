@@ -15,7 +15,7 @@ ROOT = Path(vitcmp.__file__).parent
 LEVELS = {
     "__main__": 0, "cli": 0, "console": 0, "options": 0,
     "workflows": 1,
-    "models": 2, "data": 2, "metrics": 2, "store": 2, "machine": 2, "render": 2,
+    "plain_json": 3, "models": 2, "data": 2, "metrics": 2, "store": 2, "machine": 2, "render": 2,
     "attention": 3, "configs": 3,
     "kernels": 4,
 }  # fmt: skip

@@ -39,7 +39,7 @@ def results(core: torch.nn.Module, leaves: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 34], ids=lambda n: f"{n} at a time")
 def test_blocks_change_nothing(core: torch.nn.Module, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [x.requires_grad_() for x in make_qkv(17)]
-    monkeypatch.setattr(feature_maps.Products, "__call__", feature_maps.Products.plain)
+    monkeypatch.setattr(feature_maps.Products, "__call__", feature_maps.Products.in_one_block)
     wanted = results(core, leaves)
     monkeypatch.undo()
     features = 20 if isinstance(core, PerformerAttention) else WIDTH

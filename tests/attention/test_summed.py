@@ -19,7 +19,7 @@ FORMS = {
     "efficient": (lambda *x: efficient_attention(*x, form="numba"), summed.efficient),
     "linear": (
         lambda *x: linear_attention(*x, EPS, form="numba"),
-        lambda q, k, v: elu_products(q.shape[-1], EPS).plain(q, k, v),
+        lambda q, k, v: elu_products(q.shape[-1], EPS).in_one_block(q, k, v),
     ),
 }
 both = pytest.mark.parametrize(("by_kernel", "at_once"), FORMS.values(), ids=FORMS)

@@ -87,7 +87,7 @@ def test_every_form_is_timed() -> None:
 
 
 def trained(folder: Path, profile: Profile, resume: Path | None = None, epochs_until_stopped: int = 9) -> Record | None:
-    config = resolve_run({"epochs": 2})
+    config = resolve_run({"epochs": 2, "train_samples": 256})
     told = 0
 
     def listen(event: dict[str, object]) -> None:

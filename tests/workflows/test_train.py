@@ -115,6 +115,7 @@ def test_the_folder_holds_what_it_should(finished: tuple[store.Record, Path]) ->
     _, folder = finished
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "log.jsonl", "model.safetensors", "last.safetensors", "state.pt", "predictions.npz",
+        "kernel_profile.json",
         "epoch-0001.safetensors", "epoch-0002.safetensors", "epoch-0003.safetensors",
     }  # fmt: skip
     last, third = load_file(folder / "last.safetensors"), load_file(folder / "epoch-0003.safetensors")

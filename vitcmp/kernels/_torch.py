@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch.nn.modules import module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
-    "TorchDispatchMode", "add_all", "forget_compiled", "has_global_hooks", "is_watched", "keep_compiled_buffers",
-    "transforms_are_active", "tree_leaves",
+    "TorchDispatchMode", "add_all", "constant_when_compiled", "forget_compiled", "has_global_hooks", "is_watched",
+    "keep_compiled_buffers", "transforms_are_active", "tree_leaves",
 ]  # fmt: skip
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_watched() -> bool:
@@ -26,6 +32,15 @@ def is_watched() -> bool:
 def transforms_are_active() -> bool:
     """Whether torch.func (vmap, grad, ...) is at work."""
     return torch._C._are_functorch_transforms_active()
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """The function, called once while torch.compile traces, its result taken as a constant.
+
+    As `torch.compiler.assume_constant_result`, which imports the compiler, a second's work, to set this mark.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def has_global_hooks() -> bool:

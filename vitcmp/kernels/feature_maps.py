@@ -57,12 +57,12 @@ class Products:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             if torch.compiler.is_compiling() or not q.numel() * k.numel():
-                return self.plain(q, k, v)
+                return self.in_one_block(q, k, v)
             if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
                 return _Products.apply(q, k, v, self)
             return self.forward(q, k, v, keep=False)[0]
 
-    def plain(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def in_one_block(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """All in one block, differentiable any number of times."""
         (b,) = self.key.together([self.key(wide(k), slice(None))])
         a = self.query(wide(q), slice(None))
@@ -119,7 +119,7 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         products, (q, k, v, *kept) = ctx.products, ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *differentiable(products.plain, (q, k, v), upstream), None
+            return *differentiable(products.in_one_block, (q, k, v), upstream), None
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         saved = iter(kept)
         for images, query_blocks, key_blocks in products.blocks(q, k):

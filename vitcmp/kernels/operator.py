@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitcmp.kernels import forms as profiles
 from vitcmp.kernels import switch
-from vitcmp.kernels._torch import transforms_are_active
+from vitcmp.kernels._torch import constant_when_compiled, transforms_are_active
 from vitcmp.kernels.shapes import Shapes
 
 COMPILED = "numba"
@@ -190,7 +190,7 @@ def _to_fp64(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _order(name: str, dtype: torch.dtype, trains: bool, sizes: tuple[int, ...]) -> tuple[str, ...]:
     """The forms of an operator, the quickest first."""
     profile = profiles.active()
@@ -206,7 +206,7 @@ def _order(name: str, dtype: torch.dtype, trains: bool, sizes: tuple[int, ...]) 
 _orders: dict[Any, tuple[str, ...]] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _is_ready(name: str, dtype: torch.dtype, trains: bool) -> bool:
     """Whether the kernel of an operator compiles here, and has been found to compute what its reference does.
 

@@ -233,7 +233,7 @@ def _train_and_test(
     size = micro_batch(model, device, c.batch_size) if c.micro_batch == "auto" else min(c.micro_batch, c.batch_size)
     precision, in_parts = metrics["precision_used"], size < c.batch_size
     num_lanes = lanes(config, device, in_parts)
-    compiled = c.compile and _can_compile(device, listen)
+    compiled = c.compile and _has_compiler(device, listen)
     # Before training, so that nothing of the reading is in its time.
     metrics["peak_memory_mib"], reason = _step_memory(config, data, device, size, precision, num_lanes, compiled)
     notes += [f"peak memory: {reason}"] if reason else []
@@ -555,7 +555,7 @@ def _status_of(error: Exception, model: nn.Module) -> str:
     return "diverged" if broken else "failed"
 
 
-def _can_compile(device: torch.device, listen: Listener) -> bool:
+def _has_compiler(device: torch.device, listen: Listener) -> bool:
     if device.type != "cpu" or machine.compiler():
         return True
     listen({"event": "note", "text": "no C++ compiler found: --compile is ignored (install g++ or clang)"})

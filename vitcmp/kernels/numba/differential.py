@@ -37,7 +37,10 @@ from vitcmp.kernels.numba.tiles import (
 
 @inner
 def _forward(q, k, v, share, out, tops, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
-    """Outputs of the heads from `first` to `last`, and the maxima of both maps' scaled scores, [2, heads N]."""
+    """Outputs of the heads from `first` to `last`: q and out are [B, H, N, K], k and v [B, H, M, K], flat.
+
+    `tops`, [2, B H, N], gets the maxima of both maps' scaled scores.
+    """
     p, half = pair_size(q), width // 2
     scale = np.float32(half**-0.5 / math.log(2))
     wide, rows, n = up(width, LANES), up(size, LANES), up(size, 2)
@@ -134,7 +137,7 @@ def _backward(q, k, v, share, dout, tops, dq, dk, dv, dshare, lines, heads, toke
             if size % 2:
                 products[size * lanes : (size + 1) * lanes] = 0
             for c in range(0, lanes, LANES):
-                # Weights of queries that are not there must be finite, to come to nothing.
+                # Padded queries: their weights must be finite, so that zeros make them zero.
                 query, there = head * tokens + i + c, few - c
                 top1, top2 = load_part(tops, query, there, np.inf), load_part(tops, every + query, there, np.inf)
                 zero = splat(0.0, s1)

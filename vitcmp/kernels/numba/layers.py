@@ -120,7 +120,7 @@ def _linear_backward(dout, x, weight, bias, eps, w, dx, sums, width, columns, ro
             whole = up(few, TILE)
             norm_rows(x, i, few, weight, bias, eps, width, normal, 0, stats, 0)
             _take(dout, i, few, columns, upstream, sums, db)
-            # Of rows that are not there, no numbers.
+            # Zero padding: these rows do not exist.
             normal[few * width : whole * width] = 0
             upstream[few * columns : whole * columns] = 0
             pack_along(normal, 0, width, whole, width, normal_along)
@@ -179,7 +179,7 @@ def _add_linear_backward(dout, y, w, dy, sums, width, columns, rows, block, firs
             few = min(block, rows - i)
             whole = up(few, TILE)
             _take(dout, i, few, columns, upstream, sums, db)
-            # Of rows that are not there, no numbers.
+            # Zero padding: these rows do not exist.
             upstream[few * columns : whole * columns] = 0
             y_along[up(few, p) // p * width : whole // p * width] = 0
             pack_along(y, i * width, width, few, width, y_along)
@@ -258,7 +258,7 @@ def _mlp_backward(dout, x, weight, bias, eps, w1, b1, w2, dx, sums, width, hidde
             whole = up(few, TILE)
             norm_rows(x, i, few, weight, bias, eps, width, normal, 0, stats, 0)
             _take(dout, i, few, width, upstream, sums, db2)
-            # Of rows that are not there, no numbers.
+            # Zero padding: these rows do not exist.
             normal[few * width : whole * width] = 0
             upstream[few * width : whole * width] = 0
             pack_along(normal, 0, width, whole, width, normal_along)

@@ -60,7 +60,7 @@ def place_of(lines, array, heads, head):  # type: ignore[no-untyped-def]
 
 @inner
 def num_whole(tokens):  # type: ignore[no-untyped-def]
-    """Tokens that come as vectors; what is left over comes one at a time where a vector would be all but empty."""
+    """Tokens that come as vectors; the rest come one at a time where a vector would be nearly empty."""
     left_over = tokens % LANES
     return tokens - left_over if left_over <= MAX_LEFT_OVER else tokens
 
@@ -135,7 +135,7 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
 
     A mechanism says what its P and dS are. `weigh(score, share, product, mean)` gives both, of a vector of keys and one
     query (or of one key and a vector of queries, so that `share` and `mean` are vectors too): `score` is log2(e) times
-    the scaled score, less the query's `tops`; `product` is dout v^T. At a score of -inf, both must be all but 0.
+    the scaled score, less the query's `tops`; `product` is dout v^T. At a score of -inf, both must be nearly 0.
     `facts(given, ahead, dout, lines, heads, head, tokens, start, num, width, tops, shares, means)` fills in what it
     needs of num queries from `start` on, of `given`; `ahead`, it brings what it will read of the next image into cache.
     `lines` are those of q, k, v, dout, dq, dk and dv, and then of what is given.
@@ -194,7 +194,7 @@ def gradients(facts, weigh):  # type: ignore[no-untyped-def]
                 pack_left(dout, at_dout, lines[3, 2], num, width, upstream)
                 pack_along(q, at_q, lines[0, 2], num, width, q_along)
                 pack_along(dout, at_dout, lines[3, 2], num, width, dout_along)
-                # A query that is not there has scores of -inf.
+                # Padding: these queries do not exist, so their scores are -inf.
                 tops[num:], shares[num:], means[num:] = np.inf, 0, 0
                 facts(given, ahead, dout, lines, heads, head, tokens, start, num, width, tops, shares, means)
                 dqueries[:] = 0

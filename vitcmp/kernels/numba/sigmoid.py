@@ -35,7 +35,7 @@ def _sigmoid(score):  # type: ignore[no-untyped-def]
 
 @inner
 def _forward(q, k, v, out, lines, heads, tokens, size, width, bias, first, last):  # type: ignore[no-untyped-def]
-    """Outputs of the heads from `first` to `last`."""
+    """Outputs of the heads from `first` to `last`: q and out are [B, H, N, K], k and v [B, H, M, K], flat."""
     p, most = pair_size(q), min(size, MAX_TOGETHER)
     scale, base = np.float32(width**-0.5 / math.log(2)), np.float32(bias / math.log(2))
     together = together_of(tokens, most < size, q)

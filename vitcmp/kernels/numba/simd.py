@@ -384,7 +384,7 @@ def _second(builder: Any, x: Any, kind: Any) -> Any:
 
 
 def _narrow(builder: Any, x: Any, kind: Any) -> Any:
-    """Rounded to bf16, to even; without the instruction LLVM would call a function that is not there."""
+    """Rounded to bf16, to even; without the instruction, LLVM would call a function that numba does not link."""
     if MULTIPLIES_PAIRS:
         return builder.bitcast(builder.fptrunc(x, ir.VectorType(_BFloat(), LANES)), kind)
     integers = ir.VectorType(INT32, LANES)

@@ -73,7 +73,9 @@ def _gather(scores, lane, size, row):  # type: ignore[no-untyped-def]
 
 @inner
 def _forward(q, k, v, out, stats, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
-    """Outputs of the heads from `first` to `last`, and facts of their queries in `stats`, [2, heads N]:
+    """Outputs of the heads from `first` to `last`: q and out are [B, H, N, K], k and v [B, H, M, K], flat.
+
+    `stats`, [2, B H, N], gets of each query:
 
     the largest scaled score, as a power of 2, and the factor that makes the weights sum to 1.
     """

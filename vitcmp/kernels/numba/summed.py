@@ -86,7 +86,10 @@ def _summed(softmax):  # type: ignore[no-untyped-def]
 
     @inner
     def forward(eps, q, k, v, out, contexts, lines, heads, tokens, size, width, first, last):  # type: ignore[no-untyped-def]
-        """Outputs of the heads from `first` to `last`, and for backward each one's `_parts_of` in `contexts`."""
+        """Outputs of the heads from `first` to `last`: q and out are [B, H, N, K], k and v [B, H, M, K], flat.
+
+        `contexts`, [B H, W + 2, W], gets each one's `_parts_of`, for backward.
+        """
         wide, most = up(width, LANES), max(PANEL, min(BLOCK, up(size, LANES)))
         x, values = np.zeros(wide * most, np.float32), np.zeros(wide * most, np.float32)
         mixed, turned = np.empty(wide * PANEL, np.float32), np.empty(LANES * LANES, np.float32)
@@ -112,7 +115,7 @@ def _summed(softmax):  # type: ignore[no-untyped-def]
                         found = largest(top) * TO_POWERS_OF_2
                         if found > tops[f]:
                             _raise(found, f, tops, totals, context, wide)
-                    # A key that is not there has a feature of all but 0.
+                    # Zero padding: these keys do not exist, so their features are nearly 0.
                     x[row + few : end] = -np.inf
                     total = load(totals, f * LANES)
                     for j in range(row, end, LANES):
@@ -161,7 +164,7 @@ def _summed(softmax):  # type: ignore[no-untyped-def]
                 lanes = up(few, LANES)
                 pack_lanes(q, at_q + i * lines[0, 2], lines[0, 2], few, width, lanes, x)
                 pack_both(dout, at_dout + i * lines[3, 2], lines[3, 2], few, width, lanes, y, values)
-                # A query that is not there has no gradient.
+                # Zero padding: these queries do not exist, so they have no gradient.
                 for j in range(few, width * lanes if few < lanes else 0, lanes):
                     y[j : j + lanes - few] = 0
                 _weigh_queries(x, lanes, width, sums, eps, shares, softmax)

@@ -213,7 +213,7 @@ def pack_along(x, at, line, tokens, width, out):  # type: ignore[no-untyped-def]
     for i in range(0, tokens, p):
         for c in range(0, width, LANES):
             first = load_part(x, at + i * line + c, width - c, 0)
-            # Of a token that is not there, no numbers.
+            # Zero padding: this token does not exist.
             second = load_part(x, at + (i + 1) * line + c, width - c if i + 1 < tokens else 0, 0)
             store(out, i // p * wide + c, joined(first, second, out))
 

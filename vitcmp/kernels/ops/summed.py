@@ -78,7 +78,7 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, contexts: Tensor, softmax: 
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, softmax: bool, eps: float) -> Tensor:
-    return efficient(q, k, v) if softmax else elu_products(q.shape[-1], eps).plain(q, k, v)
+    return efficient(q, k, v) if softmax else elu_products(q.shape[-1], eps).in_one_block(q, k, v)
 
 
 _attend.register_gradients(_backward, _plain, tensors=3)
