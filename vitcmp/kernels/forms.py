@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from vitcmp.kernels import cpu
-from vitcmp.kernels.switch import SettingError
+from vitcmp.kernels.switch import SettingError, warn
 
 VARIABLE = "VITCMP_PROFILE"
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -78,6 +78,8 @@ class Profile:
         best = FARTHEST
         order: tuple[str, ...] = ()
         for place, forms in self._by_case.get((operator, dtype, mode), ()):
+            if len(place) != len(here):
+                continue  # of another version
             distance = sum(abs(a - b) for a, b in zip(here, place, strict=True))
             if distance < best:
                 best, order = distance, forms
@@ -100,12 +102,20 @@ def read(path: Path) -> Profile:
     """
     try:
         content = json.loads(path.read_text())
-        cells = [Cell(**{**cell, "sizes": tuple(cell["sizes"])}) for cell in content["cells"]]
-        return Profile(content["kind"], tuple(cells), content["facts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        cells = tuple(_cell(cell) for cell in content["cells"])
+        return Profile(str(content["kind"]), cells, dict(content["facts"] or {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SettingError(
             f"cannot read the profile '{path}' ({error}); measure again: vitcmp doctor --measure"
         ) from None
+
+
+def _cell(found: dict[str, Any]) -> Cell:
+    cell = Cell(**{**found, "sizes": tuple(map(int, found["sizes"]))})
+    times = [ms for ms in cell.ms.values() if ms is not None]
+    if min(cell.sizes) < 1 or not all(isinstance(ms, int | float) for ms in times):
+        raise ValueError(f"sizes {cell.sizes} and times {times} must be numbers above 0")
+    return cell
 
 
 def measured_file() -> Path:
@@ -136,12 +146,21 @@ def kept(profile: Profile) -> Iterator[None]:
 def _find(setting: str) -> Profile:
     if setting and setting != "none":
         return read(Path(setting).expanduser())
-    own = measured_file()
-    if not setting and own.exists():
-        profile = read(own)
-        if (profile.facts or {}).get("cpu") == cpu.info("model name"):
-            return profile
+    if not setting and (profile := _own()) is not None:
+        return profile
     return published(cpu.kind())
+
+
+def _own() -> Profile | None:
+    """This machine's own profile; none where there is no such file, or one of another CPU."""
+    try:
+        if not measured_file().exists():
+            return None
+        profile = read(measured_file())
+    except (OSError, RuntimeError) as error:  # no home, or a damaged file
+        warn(f"{error}; what was measured on other CPUs of this kind decides until then")
+        return None
+    return profile if (profile.facts or {}).get("cpu") == cpu.info("model name") else None
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from vitcmp.kernels import mode
 from vitcmp.kernels._torch import has_global_hooks, is_watched
 from vitcmp.kernels.ops import add_linear, layer_norm, norm_linear, norm_mlp
 from vitcmp.kernels.tensors import Thirds
-from vitcmp.models.vit import MLP, Block, ViT
+from vitcmp.models.vit import MLP, Block, DropPath, ViT
 
 
 def fast(model: ViT) -> ViT:
@@ -68,7 +68,7 @@ class FastBlock(Block):
         if autocasts(torch.float16):
             return super().forward(x)
         first_alone = self.first_alone and self.training and torch.is_grad_enabled()
-        if self.training and (self.dropout.p or self.drop_path.probability):
+        if self.training and (self.dropout.p or self.drop_path.probability or self.mlp[2].p):
             mixed = self.attention(layer_norm(x, *_of_norm(self.norm1), in_bf16))
             x = _first(x + self.drop_path(self.dropout(mixed)), first_alone)
             return x + self.drop_path(self.dropout(self.mlp(layer_norm(x, *_of_norm(self.norm2), in_bf16))))
@@ -103,6 +103,7 @@ def is_untouched(block: nn.Module) -> bool:
     types = [
         (block, Block), (block.norm1, nn.LayerNorm), (block.norm2, nn.LayerNorm), (block.mlp, MLP),
         (first, nn.Linear), (gelu, nn.GELU), (dropout, nn.Dropout), (second, nn.Linear),
+        (block.dropout, nn.Dropout), (block.drop_path, DropPath),
     ]  # fmt: skip
     if type(mixer) is MultiHead:
         # Others are called whole, so what is inside them is their own.
@@ -119,7 +120,7 @@ def is_heard(module: nn.Module) -> bool:
     hooks = (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or bool({"forward", "project", "mix"} & vars(module).keys())
 
 
 def autocasts(dtype: torch.dtype) -> bool:

@@ -42,8 +42,9 @@ def measure(runtime: RuntimeConfig, listen: Callable[[str, int, int], None] = la
 
     Raises: UserError where the file cannot be written.
     """
-    machine.keep_freed_memory()
-    with machine.kernels_as(runtime.kernels):
+    if machine.is_ours():
+        machine.keep_freed_memory()
+    with switch.switched(runtime.kernels or switch.mode()):
         profile, path = kernels_measure.measure(listen), forms.measured_file()
     try:
         profile.save(path)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitcmp import machine, store
+from vitcmp import kernels, machine, store
 from vitcmp.configs import DATASETS, RuntimeConfig, UserError, choose
 from vitcmp.data.augment import Normalise
 from vitcmp.data.corrupt import corrupt as corrupted
 from vitcmp.data.datasets import Split, load_data
+from vitcmp.kernels import forms
 from vitcmp.metrics import accuracy
 from vitcmp.metrics.inference import logits_of
 from vitcmp.models.checkpoint import load_run
@@ -70,6 +71,7 @@ def run(
     if corrupt is not None:
         part = Split(corrupted(part.images, corrupt, severity), part.labels)
     info = trained.info
+    kernels.forget_used()
     logits = logits_of(model.to(device), part, Normalise(info.mean, info.std, model.config.image_hw, device), device)
     labels = part.labels.numpy()
     class_top1_pct, confusion = accuracy.per_class(logits, labels)
@@ -82,6 +84,8 @@ def run(
     }  # fmt: skip
     metrics = {
         "images": len(labels),
+        "kernels_used": kernels.used(),
+        "kernel_profile": forms.active().digest,
         **accuracy.summary(logits, labels),
         "class_top1_pct": class_top1_pct,
         "confusion": confusion,

@@ -359,7 +359,7 @@ def _step_memory(
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", DegenerateWarning)
             # What libraries allocate once is not the model's. The last layer computes less than the others.
             layers = (*dict.fromkeys(m.attention_specs), m.attention_specs[-1])
             step_of(replace(m, depth=len(layers), attention=layers))()

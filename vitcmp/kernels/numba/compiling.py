@@ -94,7 +94,7 @@ def kernel(function: Callable[..., Any]) -> Any:
         with optimised(LEVEL):
             return compile_at_its_own_level(types)
 
-    found.compile = compile
+    found.compile = compile  # type: ignore[method-assign, assignment]
     return found
 
 

@@ -72,10 +72,16 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, share: Tensor, tops: Tensor
 _attend.register_gradients(_backward, explicit, tensors=4)
 register_flops(_attend, _backward)
 
+
+def _accepts(q: Tensor, k: Tensor, v: Tensor, share: Tensor) -> bool:
+    is_number = share.dtype == torch.float32 and share.dim() == 0
+    return same_format(q, k, v) and q.shape[-1] % 2 == 0 and is_number
+
+
 differential_attention = Operator(
     "differential_attention", "BHNK BHMK BHMC -> BHNC",
     {"apart": apart, "explicit": explicit, "numba": lambda *args: _attend(*args)[0]},
-    accepts=lambda q, k, v, share: same_format(q, k, v) and share.dtype == torch.float32 and share.dim() == 0,
+    accepts=_accepts,
     sizes=sizes_of, unmeasured=lambda dtype, trains: ("apart",), left_out=["explicit"],
     example=lambda dtype, sizes: (*example(dtype, sizes), torch.tensor(0.5)),
     grid=SQUARES, dtypes=(torch.float32, torch.bfloat16),

@@ -106,7 +106,30 @@ product.register_flops(lambda kind, x, y, links: 2 * x[0] * links[0][0] * links[
 def _accepts(q: Tensor, k: Tensor, v: Tensor, links: list[Tensor], dropout: float) -> bool:
     keys, *_, ends = links
     fits = q.shape[2] == len(keys) and k.shape[2] == len(ends) - 1 and k.shape == v.shape
-    return fits and len({wide(x).dtype for x in (q, k, v)}) == 1
+    in_format = q.is_floating_point() and len({wide(x).dtype for x in (q, k, v)}) == 1
+    return (
+        fits
+        and in_format
+        and all(x.dtype == torch.int32 and x.device == q.device for x in links)
+        and _are_in_range(links)
+    )
+
+
+def _are_in_range(links: list[Tensor]) -> bool:
+    """Whether all pairs name queries, places and keys that there are; looked at once for each list's tensors."""
+    marks = tuple((id(x), x._version, x.data_ptr(), tuple(x.shape)) for x in links)
+    if marks not in _in_range:
+        keys, query, place, ends = links
+        pairs, num_keys = keys.numel(), len(ends) - 1
+        bounds = ((keys, num_keys), (query, len(keys)), (place, keys.shape[1]), (ends, pairs + 1))
+        sized = query.numel() == place.numel() == pairs
+        if len(_in_range) > 1000:
+            _in_range.clear()
+        _in_range[marks] = sized and all(int(x.min()) >= 0 and int(x.max()) < most for x, most in bounds)
+    return _in_range[marks]
+
+
+_in_range: dict[tuple[Any, ...], bool] = {}
 
 
 def _example(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Any, ...]:

@@ -57,9 +57,10 @@ def _example(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[Tensor, int]:
 pseudo_inverse = Operator(
     "pseudo_inverse", "*MM", {"torch": by_products, "numba": _without_gradient},
     accepts=lambda a, iterations: a.dtype == torch.float32
+    and a.dim() > 2
     and a.shape[-1] <= MAX_COMPILED
     and not (a.requires_grad and torch.is_grad_enabled()),
-    sizes=lambda a, iterations: (a.shape[-1], a.numel() // a.shape[-1] ** 2),
+    sizes=lambda a, iterations: (a.shape[-1], a.numel() // max(1, a.shape[-1]) ** 2),
     unmeasured=lambda dtype, trains: ("numba", "torch"),
     example=_example, grid=[(m, n) for m in (16, 32, 64) for n in (8, 256)],
     tolerance={torch.float32: 1e-4}, has_gradient=False,

@@ -65,8 +65,9 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's scaled_dot_product_attention."""
-    return F.scaled_dot_product_attention(q, k, v)
+    """torch's scaled_dot_product_attention, in the format of its inputs as the other forms."""
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
