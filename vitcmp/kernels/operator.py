@@ -187,8 +187,9 @@ def _trains(args: tuple[Any, ...]) -> bool:
 
 def _are_plain(args: tuple[Any, ...]) -> bool:
     """Whether all tensors are strided ones on the CPU, and hold numbers."""
+    traced = torch.compiler.is_compiling()  # which can't ask for the sign bit
     return all(
-        x.device.type == "cpu" and x.numel() > 0 and x.layout == torch.strided and not x.is_neg()
+        x.device.type == "cpu" and x.numel() > 0 and x.layout == torch.strided and (traced or not x.is_neg())
         for x in args
         if isinstance(x, Tensor)
     )
