@@ -54,7 +54,7 @@ def has_global_hooks() -> bool:
 
 
 def add_all(a: list[torch.Tensor], b: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The sums of two lists, in new tensors."""
+    """The sums of two lists, in new tensors: what autograd returns may be one tensor for two parameters."""
     return list(torch._foreach_add(a, b))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from vitcmp.kernels import cpu, switch
 from vitcmp.kernels.forms import FORMATS, MODES, Cell, Profile
-from vitcmp.kernels.operator import COMPILED, Operator, can_run, operators
+from vitcmp.kernels.operator import COMPILED, Operator, can_run, operators, test
 
 ROUNDS = 7
 MIN_SECONDS = 0.001
@@ -54,7 +54,7 @@ def facts() -> dict[str, Any]:
 def time_forms(op: Operator, dtype: torch.dtype, sizes: tuple[int, ...], trains: bool) -> dict[str, float]:
     """Milliseconds a call of each form that a call may take; empty where there is only one."""
     args = op.example(dtype, sizes)
-    names = [form for form in op.forms if form in op.choices and (form != COMPILED or can_run(op, args, dtype, trains))]
+    names = [form for form in op.choices if form != COMPILED or can_run(op, args, dtype, trains)]
     if len(names) < 2:
         return {}
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -86,8 +86,6 @@ def _seconds(call: Callable[[], object], calls: int) -> float:
 
 def self_tests() -> Iterator[tuple[str, str]]:
     """Each operator with what its kernel's test says on this machine, in every number format, with gradients."""
-    from vitcmp.kernels.operator import test
-
     for name, op in operators().items():
         wrong = [f"{FORMATS[dtype]}: {found}" for dtype in op.dtypes if (found := test(name, dtype, True))]
         yield name, "; ".join(wrong)

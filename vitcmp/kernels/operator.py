@@ -130,9 +130,7 @@ class Operator:
 
     def run(self, form: str, args: tuple[Any, ...], upstream: bool) -> list[Tensor]:
         """The result of one form, and with `upstream` the gradients of the result's sum of squares."""
-        leaves = [
-            x.detach().requires_grad_(upstream and x.is_floating_point()) if isinstance(x, Tensor) else x for x in args
-        ]
+        leaves = leaves_of(args, upstream)
         with torch.set_grad_enabled(upstream):
             out = self.forms[form](*leaves)
         if not upstream:
@@ -152,6 +150,11 @@ class Operator:
             for a, b in zip(found, exact, strict=True)
         ]
         return max(float(error.nan_to_num(nan=torch.inf)) for error in errors)
+
+
+def leaves_of(args: tuple[Any, ...], trains: bool) -> list[Any]:
+    """The arguments, tensors of numbers as leaves that want a gradient, if it trains."""
+    return [x.detach().requires_grad_(trains and x.is_floating_point()) if isinstance(x, Tensor) else x for x in args]
 
 
 def can_run(operator: Operator, args: tuple[Any, ...], dtype: torch.dtype, trains: bool) -> bool:
@@ -225,9 +228,8 @@ def _is_ready(name: str, dtype: torch.dtype, trains: bool) -> bool:
     if why := switch.reason(name):
         if switch.mode() == "strict":
             switch.fails(name, why)
-        else:
-            if switch.no_numba():
-                switch.warn(f"{why}; references compute the same, more slowly")
+        elif switch.no_numba():
+            switch.warn(f"{why}; references compute the same, more slowly")
         return False
     key = f"{name} {profiles.FORMATS.get(dtype, '')} {profiles.MODES[trains]}"
     if key not in _tested:
@@ -248,8 +250,6 @@ def _is_ready(name: str, dtype: torch.dtype, trains: bool) -> bool:
 
 _testing = threading.RLock()
 _under_test: set[str] = set()
-
-
 _tested: dict[str, str] = {}
 """Of kernels that were tested, or are known to have been: what is wrong, or nothing."""
 

@@ -425,7 +425,7 @@ def train_step(
 
         parts = batch.split(-(-len(batch.labels) // num_lanes))
         done = pool(num_lanes, max(1, torch.get_num_threads() // num_lanes)).map(work, parts)
-        loss, correct, *gradients = functools.reduce(_add, done)
+        loss, correct, *gradients = functools.reduce(add_all, done)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
     if config.grad_clip:
@@ -453,13 +453,8 @@ def _gradients(parameters: list[nn.Parameter], losses: Iterable[tuple[Tensor, Te
     for loss, correct in losses:
         found = torch.autograd.grad(loss, parameters, materialize_grads=True)
         more = [loss.detach(), correct, *found]
-        sums = _add(sums, more) if sums else more
+        sums = add_all(sums, more) if sums else more
     return sums
-
-
-def _add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    # Not in place: what autograd returns may be one tensor for two parameters.
-    return add_all(a, b)
 
 
 def mixed_cross_entropy(logits: Tensor, labels: Tensor, others: Tensor, share: Tensor, smoothing: float) -> Tensor:
